@@ -1,0 +1,50 @@
+"""What every console script shares: one way to parse, to report errors and to end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from nnssl_ext import __version__
+from nnssl_ext.core.errors import UserError
+
+DONE, SOME_FAILED, USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 70, 130
+
+
+def parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser in the project's style: example in the help, --version, --verbose."""
+    result = argparse.ArgumentParser(
+        prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    result.add_argument("--version", action="version", version=f"nnssl_ext {__version__}")
+    result.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    return result
+
+
+def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
+    """Parse, run `main` and return the exit code.
+
+    0 done, 1 some cases failed, 2 user error, 70 internal error, 130 interrupted from the keyboard.
+    """
+    options = arguments.parse_args(argv)
+    try:
+        return main(options) or DONE
+    except UserError as error:
+        if options.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; files already written stay valid", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away (as in `| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if options.verbose:
+            raise
+        print(f"internal error: {type(error).__name__}: {error}\n  fix: run again with --verbose and report the traceback", file=sys.stderr)
+        return INTERNAL_ERROR

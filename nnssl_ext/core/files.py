@@ -1,0 +1,161 @@
+"""Files that are either whole or absent: atomic writes, hashes, folder locks."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.core.errors import UserError
+
+_DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only", errno.EIO: "the disk failed"}
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure nothing is left.
+
+    The data are on the disk (fsync of file and folder) before the old file is replaced, so that a crash at any
+    instant leaves either the old or the new file.
+
+    Raises:
+        UserError: the disk is full, read-only or failing; `path` keeps its former content.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise UserError(
+                f"could not write: {_DISK_ERRORS[error.errno]}", path, "free or change the disk and run the same command again; files already written are valid"
+            ) from error
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write `content` atomically as indented JSON; NaN and infinity are refused."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file does not exist or is not valid JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("file not found", path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid JSON: {error}", path, "restore the file or run the step that writes it again") from None
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_stream(file)
+
+
+def _sha256_stream(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(content: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+class FolderLock:
+    """Keeps a second process out of a folder; a lock whose process is gone is taken over.
+
+    Raises:
+        UserError: the folder is in use by a live process of this host, or by any process of another host.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                self._remove_if_stale()
+                continue
+            with os.fdopen(handle, "w") as file:
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            return self
+        raise UserError("the folder is in use by another process", self.path.parent, "wait for that process to end")
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _remove_if_stale(self) -> None:
+        try:
+            owner = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError):
+            owner = {}
+        pid, host = owner.get("pid"), owner.get("host")
+        if host == socket.gethostname() and isinstance(pid, int) and not _alive(pid):
+            self.path.unlink(missing_ok=True)
+            return
+        raise UserError(
+            f"the folder is in use by process {pid} on {host}", self.path.parent, f"wait for it to end; if it is certainly gone, delete {self.path}"
+        )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
