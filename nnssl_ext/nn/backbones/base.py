@@ -1,0 +1,105 @@
+"""The protocol that every backbone family follows, and how a plan becomes a backbone.
+
+Shape suffixes: B batch, C channels, N tokens, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import pydoc
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nnssl_ext.core.adaptation import EncoderKeys
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.plan import ConfigPlan
+from nnssl_ext.core.registry import all_classes
+
+
+class Backbone(nn.Module):
+    """An encoder (with decoder where the family has one) that SSL methods train and nnU-Net takes over.
+
+    Args:
+        channels: input channels.
+        patch_size: voxels of the input, (z, y, x).
+        class_name: dotted name of the network class in dynamic-network-architectures.
+        kwargs: its keyword arguments; those named in `imports` hold dotted names.
+
+    Attributes:
+        net: the library's network; its state dict is what a checkpoint transfers.
+        strides: voxels per cell of each pyramid level, (z, y, x).
+        widths: channels of each pyramid level.
+        supports: what a method may ask for: "pyramid", "decoder", "token_drop", ...
+    """
+
+    family: ClassVar[str]
+    supports: ClassVar[frozenset[str]]
+    net: nn.Module
+    strides: tuple[tuple[int, ...], ...]
+    widths: tuple[int, ...]
+
+    def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
+        super().__init__()
+        self.channels, self.patch_size = channels, tuple(patch_size)
+        self.class_name, self.kwargs, self.imports = class_name, dict(kwargs), tuple(imports)
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """Feature maps (B, widths[i], z/strides[i], ...), finest first."""
+        raise self._cannot("pyramid")
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Full-resolution features (B, C, z, y, x) of a pyramid, before any segmentation layer."""
+        raise self._cannot("decoder")
+
+    def tokens(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Token features (B, N, C); with `keep` (B, K) only those tokens are read and encoded, (B, K, C)."""
+        raise self._cannot("token_drop")
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Global average of the deepest map, (B, widths[-1])."""
+        return self.pyramid(x)[-1].flatten(2).mean(2)
+
+    def adaptation(self) -> EncoderKeys:
+        """Where encoder, stem, input projection and positions lie in `network_weights`."""
+        raise self._cannot("adaptation")
+
+    def network_weights(self) -> dict[str, Tensor]:
+        """The library network's state dict on the CPU, under the library's own names."""
+        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+
+    def _cannot(self, what: str) -> UserError:
+        return UserError(f"the {self.family} backbone has no '{what}'", type(self).__name__, f"it offers: {', '.join(sorted(self.supports))}")
+
+
+def resolve(kwargs: dict[str, Any], imports: Sequence[str]) -> dict[str, Any]:
+    """`kwargs` with the dotted names of the keys in `imports` replaced by the objects they name."""
+    return {key: pydoc.locate(value) if key in imports and value is not None else value for key, value in kwargs.items()}
+
+
+def families() -> dict[str, type[Backbone]]:
+    """Backbone classes by family name."""
+    return {cls.family: cls for cls in all_classes(Backbone, "nnssl_ext.nn.backbones").values()}
+
+
+def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = "plan") -> Backbone:
+    """The backbone of a configuration, freshly initialised from torch's current random state.
+
+    Args:
+        config: the configuration; its `networks` name class and arguments.
+        family: "resenc" or "primus".
+        channels: input channels.
+        where: named in errors.
+
+    Raises:
+        UserError: unknown family; patch size not divisible by the strides or the token.
+    """
+    network = config.network(family)
+    return families()[family](channels, config.patch_size, network.class_name, dict(network.kwargs), network.imports)
+
+
+def check_divisible(patch_size: Sequence[int], divisor: Sequence[int], what: str) -> None:
+    """Raise a `UserError` unless every axis of the patch is a multiple of `divisor`."""
+    if any(size % step for size, step in zip(patch_size, divisor)):
+        shape, steps = "x".join(map(str, patch_size)), "x".join(map(str, divisor))
+        raise UserError(f"patch size {shape} is not divisible by the {what} {steps}", "patch_size of the plan", "round each axis to a multiple, or plan again")

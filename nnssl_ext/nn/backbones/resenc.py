@@ -1,0 +1,45 @@
+"""Residual-encoder U-Net of dynamic-network-architectures as a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_ext.core.adaptation import EncoderKeys
+from nnssl_ext.nn.backbones.base import Backbone, check_divisible, resolve
+
+
+class ResEncBackbone(Backbone):
+    """Encoder and decoder of a ResidualEncoderUNet; the decoder's segmentation layers stay unused and untrained."""
+
+    family = "resenc"
+    supports = frozenset({"pyramid", "decoder"})
+
+    def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
+        super().__init__(channels, patch_size, class_name, kwargs, imports)
+        cumulative = np.cumprod(np.asarray(kwargs["strides"]), axis=0)
+        self.strides = tuple(tuple(int(s) for s in level) for level in cumulative)
+        self.widths = tuple(int(f) for f in kwargs["features_per_stage"])
+        check_divisible(patch_size, self.strides[-1], "total stride")
+        net_class: Any = resolve({"net": class_name}, ["net"])["net"]
+        self.net = net_class(input_channels=channels, num_classes=2, **resolve(self.kwargs, self.imports))
+        self.net.apply(self.net.initialize)
+        self.net.decoder.seg_layers.requires_grad_(False)
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.net.encoder(x)
+        return maps
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        decoder: Any = self.net.decoder
+        features = maps[-1]
+        for upsample, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(maps[:-1])):
+            features = stage(torch.cat((upsample(features), skip), 1))
+        return features
+
+    def adaptation(self) -> EncoderKeys:
+        return EncoderKeys("encoder.stages", "encoder.stem", ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"))
