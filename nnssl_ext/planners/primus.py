@@ -1,0 +1,41 @@
+"""Primus transformers: token size from spacing, sizes, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nnssl_ext.core.plan import NetworkPlan
+
+TOKEN = 8  # voxels along the finest axis
+SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny for the CPU
+    "nano": {"embed_dim": 96, "eva_depth": 4, "eva_numheads": 4},
+    "tiny": {"embed_dim": 216, "eva_depth": 4, "eva_numheads": 6},
+    "S": {"embed_dim": 396, "eva_depth": 12, "eva_numheads": 6},
+    "B": {"embed_dim": 792, "eva_depth": 12, "eva_numheads": 12},
+    "M": {"embed_dim": 864, "eva_depth": 16, "eva_numheads": 12},
+    "L": {"embed_dim": 1056, "eva_depth": 24, "eva_numheads": 16},
+}
+BYTES_PER_TOKEN_CHANNEL = 80.0  # activations kept per token, block and channel: about 40 values of 2 bytes (attention is not stored)
+
+
+def token_size(spacing: Sequence[float]) -> tuple[int, ...]:
+    """Token edge lengths in voxels: 8 along the finest axis, halved (down to 1) along coarser ones so that tokens are near cubes in mm."""
+    mm = np.asarray(spacing, float)
+    halvings = np.clip(np.round(np.log2(mm / mm.min())), 0, 3).astype(int)
+    return tuple(int(TOKEN >> h) for h in halvings)
+
+
+def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan:
+    """The Primus for a patch, with the batch size that fits `target_gb` (at least 1) when all tokens are encoded."""
+    preset = SIZES[size]
+    token = token_size(spacing)
+    tokens = int(np.prod([p // t for p, t in zip(patch_size, token)]))
+    width, depth = preset["embed_dim"], preset["eva_depth"]
+    fixed = 16 * 12.0 * depth * width**2 / 1e9  # fp32 weight, gradient and two moments
+    per_sample = (tokens * width * depth * BYTES_PER_TOKEN_CHANNEL + np.prod(patch_size) * 64) / 1e9
+    batch = int(min(max_batch, max(1, (target_gb - fixed) // per_sample)))
+    kwargs: dict[str, Any] = {**preset, "patch_embed_size": list(token), "drop_path_rate": 0.2, "init_values": 0.1, "scale_attn_inner": True}
+    return NetworkPlan(size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, round(float(fixed + batch * per_sample), 3))

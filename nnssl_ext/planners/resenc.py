@@ -1,0 +1,101 @@
+"""Residual-encoder U-Nets: topology from spacing and patch, sizes, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nnssl_ext.core.plan import NetworkPlan
+
+MIN_EDGE = 4  # voxels; an axis of the deepest map is never pooled below
+BYTES_PER_ELEMENT = 8e9 / (2 * 680e6)  # nnU-Net's calibration: 680e6 feature elements per sample, batch 2, fill 8 GB in training
+SIZES: dict[str, dict[str, Any]] = {  # M and L are nnU-Net's presets: one topology, other memory targets
+    "nano": {"base": 8, "maximum": 64, "blocks": (1, 1, 1, 1)},
+    "tiny": {"base": 16, "maximum": 128, "blocks": (1, 1, 1, 1, 1)},
+    "S": {"base": 32, "maximum": 256, "blocks": (1, 2, 2, 3, 3, 3)},
+    "M": {"base": 32, "maximum": 320, "blocks": (1, 3, 4, 6, 6, 6, 6)},
+    "L": {"base": 32, "maximum": 320, "blocks": (1, 3, 4, 6, 6, 6, 6)},
+}
+_IMPORTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
+
+
+def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: int = 7) -> tuple[list[list[int]], list[list[int]]]:
+    """Strides and kernel sizes of each stage (nnU-Net's rule: keep voxels as isotropic as possible).
+
+    An axis is halved while it has at least `2 * MIN_EDGE` voxels and its spacing is within a factor of two of the
+    finest axis that can still be halved; its kernel is 1 until its spacing is within a factor of two of the finest.
+
+    Args:
+        spacing: mm, (z, y, x).
+        patch_size: voxels, (z, y, x).
+        max_stages: at most so many stages.
+
+    Source: Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, supplementary note 2.
+    """
+    size, mm = np.asarray(patch_size, float), np.asarray(spacing, float)
+    kernel = np.ones(3, int)
+    strides, kernels = [[1, 1, 1]], []
+    while len(strides) < max_stages:
+        able = size >= 2 * MIN_EDGE
+        if not able.any():
+            break
+        able &= mm < 2 * mm[able].min()
+        if able.sum() == 1 and size[able][0] < 3 * MIN_EDGE:
+            break
+        kernel[mm < 2 * mm.min()] = 3
+        kernels.append(kernel.tolist())
+        strides.append(np.where(able, 2, 1).tolist())
+        mm, size = np.where(able, 2 * mm, mm), np.where(able, np.ceil(size / 2), size)
+    kernels.append([3, 3, 3])
+    return strides, kernels
+
+
+def feature_elements(patch_size: Sequence[int], strides: Sequence[Sequence[int]], features: Sequence[int], blocks: Sequence[int], classes: int = 2) -> int:
+    """Scalars of all convolution outputs in one forward pass of one sample; what nnU-Net's memory estimate counts."""
+    sizes = [np.asarray(patch_size)]
+    for stride in strides[1:]:
+        sizes.append(np.ceil(sizes[-1] / stride).astype(int))
+    voxels = [int(np.prod(s)) for s in sizes]
+    total = voxels[0] * features[0]  # stem
+    for stage, count in enumerate(blocks):
+        shortcut = stage > 0 and (features[stage] != features[stage - 1] or max(strides[stage]) > 1)
+        total += voxels[stage] * features[stage] * (2 * count + int(shortcut))
+    decoder = sum(voxels[stage] * 2 * features[stage] for stage in range(len(features) - 1))  # transposed and ordinary convolution
+    return total + decoder + voxels[0] * classes
+
+
+def parameters(features: Sequence[int], blocks: Sequence[int]) -> float:
+    """Approximate number of parameters with 3x3x3 kernels."""
+    encoder = sum(27.0 * f * (previous + f + 2 * (n - 1) * f) for f, previous, n in zip(features, [features[0], *features], blocks))
+    return encoder + sum(27.0 * 2 * f * f + 8.0 * f * deeper for f, deeper in zip(features, features[1:]))
+
+
+def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan:
+    """The ResEnc U-Net for a patch, with the batch size that fits `target_gb` (at least 1)."""
+    preset = SIZES[size]
+    strides, kernels = topology(spacing, patch_size, max_stages=len(preset["blocks"]))
+    stages = len(strides)
+    features = [min(preset["maximum"], preset["base"] * 2**i) for i in range(stages)]
+    blocks = list(preset["blocks"][:stages])
+    fixed = 16 * parameters(features, blocks) / 1e9  # fp32 weight, gradient, momentum, spare
+    per_sample = feature_elements(patch_size, strides, features, blocks) * BYTES_PER_ELEMENT / 1e9
+    batch = int(min(max_batch, max(1, (target_gb - fixed) // per_sample)))
+    kwargs = {
+        "n_stages": stages,
+        "features_per_stage": features,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "n_blocks_per_stage": blocks,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return NetworkPlan(size, "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", kwargs, _IMPORTS, batch, round(fixed + batch * per_sample, 3))
