@@ -28,6 +28,21 @@ def adaptation_plan(backbone: Backbone, config: ConfigPlan, configuration: str) 
     return AdaptationPlan(name, kwargs, backbone.imports, configuration, config.spacing, config.patch_size, backbone.channels, backbone.adaptation())
 
 
+def on_cpu(content: Any, seen: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
+    """`content` with every tensor on the CPU; tensors that share memory (U-Nets alias theirs) are copied once."""
+    seen = {} if seen is None else seen
+    if isinstance(content, torch.Tensor):
+        key = (content.device, content.data_ptr(), content.dtype, tuple(content.shape), content.stride())
+        if key not in seen:
+            seen[key] = content.detach().cpu()
+        return seen[key]
+    if isinstance(content, dict):
+        return {name: on_cpu(value, seen) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(on_cpu(value, seen) for value in content)
+    return content
+
+
 def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
     """Write a checkpoint: whole or not at all, the former file stays until the new one is on the disk."""
     with atomic_path(path) as temporary:

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, N tokens, K kept tokens.
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -65,8 +65,8 @@ class Backbone(nn.Module):
         raise self._cannot("adaptation")
 
     def network_weights(self) -> dict[str, Tensor]:
-        """The library network's state dict on the CPU, under the library's own names."""
-        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+        """The library network's state dict, under the library's own names."""
+        return dict(self.net.state_dict())
 
     def _cannot(self, what: str) -> UserError:
         return UserError(f"the {self.family} backbone has no '{what}'", type(self).__name__, f"it offers: {', '.join(sorted(self.supports))}")
@@ -96,6 +96,14 @@ def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = 
     """
     network = config.network(family)
     return families()[family](channels, config.patch_size, network.class_name, dict(network.kwargs), network.imports)
+
+
+def check_support(backbone: type[Backbone], needs: Iterable[frozenset[str]], method: str) -> None:
+    """Raise a `UserError` unless the backbone supports all of at least one set of `needs`."""
+    needs, offered = tuple(needs), backbone.supports
+    if not any(need <= offered for need in needs):
+        wanted = " or ".join("+".join(sorted(need)) for need in needs)
+        raise UserError(f"{method} needs {wanted}; {backbone.family} offers {', '.join(sorted(offered))}", "option -b", "choose another backbone or trainer")
 
 
 def check_divisible(patch_size: Sequence[int], divisor: Sequence[int], what: str) -> None:

@@ -1,0 +1,34 @@
+"""nnssl_train: pretrain a backbone on a preprocessed dataset."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnssl_ext.cli.common import parser, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    result = parser("nnssl_train", "Pretrain a backbone on the preprocessed cases of a dataset.", "nnssl_train 801 3d_fullres -tr MAETrainer -o epochs=100 lr=1e-3")
+    result.add_argument("dataset", help="dataset ID or name")
+    result.add_argument("configuration", help="configuration of the plan, such as 3d_fullres")
+    result.add_argument("-tr", metavar="TRAINER", default="MAETrainer", help="method (default: %(default)s)")
+    result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc or primus (default: the method's own)")
+    result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
+    result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
+    result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
+    result.add_argument("-num_gpus", type=int, default=1, metavar="N", help="processes, one per card (default: 1)")
+    result.add_argument("--c", action="store_true", help="continue from checkpoint_latest")
+    result.add_argument("--val", action="store_true", help="only compute the validation losses of checkpoint_best")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(arguments(), _main, argv)
+
+
+def _main(options: argparse.Namespace) -> int:
+    from nnssl_ext.trainers.launch import Run, start
+
+    chosen = Run(options.dataset, options.configuration, options.tr, options.p, options.b, tuple(options.o), options.device, options.c, options.val)
+    start(chosen, options.num_gpus)
+    return 0

@@ -1,0 +1,68 @@
+"""Hyper-parameters on the command line: ``-o lr=1e-4 mask_ratio=0.6``, checked against a trainer's Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from nnssl_ext.core.errors import UserError, did_you_mean
+
+SPEED_ONLY = {"folder": False}  # metadata of a field that changes no result: it stays out of the results folder's name
+
+
+def parse_overrides(cls: type, texts: Sequence[str]) -> dict[str, Any]:
+    """Values of ``key=value`` texts, converted to the types of the dataclass `cls`.
+
+    Raises:
+        UserError: malformed text, unknown key (with the closest one), value of another type.
+    """
+    types_ = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"'{text}' is not of the form key=value", "option -o", "write for example -o lr=1e-4")
+        if key not in known:
+            raise UserError(f"unknown hyper-parameter '{key}'", f"option -o of {cls.__qualname__.removesuffix('.Config')}", did_you_mean(key, known))
+        values[key] = _convert(value, types_[key], text)
+    return values
+
+
+def _convert(value: str, kind: Any, text: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value.lower() == "none":
+            return None
+        kind = next(argument for argument in arguments if argument is not type(None))
+        return _convert(value, kind, text)
+    if origin is tuple:
+        return tuple(_convert(part, arguments[0], text) for part in value.strip("()").split(",") if part)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        return kind(value)
+    except (ValueError, KeyError):
+        raise UserError(f"'{value}' is not a valid {kind.__name__}", f"option -o {text}") from None
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """The fields of a configuration in JSON types."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+
+
+def folder_suffix(config: Any, family: str, default_family: str) -> str:
+    """What of the configuration differs from the defaults, for the results folder's name; "" when nothing does."""
+    parts = [] if family == default_family else [f"b={family}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.metadata.get("folder", True):
+            parts.append(f"{field.name}={str(value).replace(' ', '')}")
+    suffix = "_".join(parts).replace("/", "-")
+    if len(suffix) > 100:
+        suffix = suffix[:90] + "-" + hashlib.sha256(suffix.encode()).hexdigest()[:8]
+    return suffix

@@ -1,0 +1,78 @@
+"""From the words of a command line to a running trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.paths import PREPROCESSED, RAW, dataset_name, preprocessed_folder, results_folder
+from nnssl_ext.core.plan import Plan
+from nnssl_ext.core.registry import find_class
+from nnssl_ext.nn import distributed
+from nnssl_ext.preprocessing.store import CaseStore
+from nnssl_ext.trainers.base import SSLTrainer
+from nnssl_ext.trainers.config import folder_suffix, parse_overrides
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train; see `nnssl_train --help`."""
+
+    dataset: str
+    configuration: str
+    trainer: str
+    plans: str = "nnsslPlans"
+    family: str | None = None
+    overrides: tuple[str, ...] = ()
+    device: str | None = None
+    resume: bool = False
+    validate_only: bool = False
+
+
+def make_trainer(run: Run) -> SSLTrainer:
+    """The trainer that `run` describes; nothing is written or trained yet.
+
+    Raises:
+        UserError: unknown dataset, plans, configuration, trainer, backbone family or hyper-parameter; no preprocessed cases.
+    """
+    device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    name = dataset_name(run.dataset, (PREPROCESSED, RAW))
+    file = preprocessed_folder(name) / f"{run.plans}.json"
+    if not file.is_file():
+        raise UserError(f"dataset {name} has no plans '{run.plans}'", file, f"nnssl_plan_and_preprocess -d {run.dataset}")
+    plan = Plan.load(file)
+    cls = find_class(run.trainer, SSLTrainer, "nnssl_ext.trainers")
+    assert issubclass(cls, SSLTrainer)
+    config = cls.Config(**parse_overrides(cls.Config, run.overrides))
+    family = run.family or cls.default_family
+    plan.configuration(run.configuration).network(family)
+    store = CaseStore(preprocessed_folder(name) / plan.configuration(run.configuration).data_identifier)
+    parts = [run.trainer, run.plans, run.configuration, folder_suffix(config, family, cls.default_family)]
+    folder = results_folder(name) / "__".join(filter(None, parts)) / "fold_all"
+    return cls(plan, run.configuration, config, store, folder, family=family, device=device)
+
+
+def start(run: Run, processes: int = 1) -> None:
+    """Train (or validate) in this process, or in several that form one group."""
+    device = make_trainer(run).device.type  # every mistake shows before processes are started
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(f"{processes} cards wanted, {torch.cuda.device_count()} found", "option -num_gpus")
+    distributed.launch(_work, processes, device, run)
+
+
+def _work(run: Run) -> None:
+    trainer = make_trainer(run)
+    if trainer.rank == 0:
+        print(f"results: {trainer.folder}")
+    if run.validate_only:
+        trainer.initialize()
+        trainer.resume(trainer.folder / "checkpoint_best.pth")
+        print("  ".join(f"{name} {value:.6f}" for name, value in trainer.validate().items()) or "no validation cases (fewer than three subjects)")
+        return
+    trainer.fit(resume=run.resume)
+    if trainer.rank == 0:
+        print(f"done: {trainer.folder / 'checkpoint_final.pth'}")

@@ -1,0 +1,71 @@
+"""Optimiser, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimisation settings.
+
+    Args:
+        optimizer: "sgd" (Nesterov momentum .99) or "adamw" (betas .9, .98).
+        lr: learning rate after the warm-up.
+        weight_decay: decoupled for adamw; not applied there to biases, norms, positions and mask tokens.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        clip: largest norm of the gradient.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    warmup: float
+    clip: float
+
+
+# U-Nets as nnU-Net trains them (doi:10.1038/s41592-020-01008-z); transformers as Primus (arXiv:2503.01835)
+RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), "primus": Recipe("adamw", 3e-4, 5e-2, 0.05, 1.0)}
+
+
+def choose_recipe(family: str, config: Any) -> Recipe:
+    """The family's recipe with what `config` sets (its fields of the same names that are not None).
+
+    Raises:
+        UserError: unknown optimiser.
+    """
+    chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)}
+    if chosen["optimizer"] not in (None, "sgd", "adamw"):
+        raise UserError(f"unknown optimizer '{chosen['optimizer']}'", "option -o optimizer", "known: sgd, adamw")
+    return dataclasses.replace(RECIPES[family], **{key: value for key, value in chosen.items() if value is not None})
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list[dict]:
+    """Every trainable parameter in exactly one group; with `spare`, vectors and embeddings get no weight decay."""
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (spared if spare and (parameter.ndim < 2 or name.endswith(("pos_embed", "mask_token"))) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.99, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(step: int, total: int, recipe: Recipe) -> float:
+    """Linear warm-up, then polynomial decay (power .9) to 0 at `total` steps."""
+    warm = round(recipe.warmup * total)
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return float(recipe.lr * (1 - (step - warm) / max(1, total - warm)) ** 0.9)
