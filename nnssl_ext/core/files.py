@@ -110,7 +110,7 @@ def sha256_json(content: Any) -> str:
 
 
 class FolderLock:
-    """Keeps a second process out of a folder; a lock whose process is gone is taken over.
+    """Keeps a second process out of a folder; a lock whose process is gone is taken over, its unfinished files are removed.
 
     Raises:
         UserError: the folder is in use by a live process of this host, or by any process of another host.
@@ -129,6 +129,8 @@ class FolderLock:
                 continue
             with os.fdopen(handle, "w") as file:
                 json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            for leftover in self.path.parent.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             return self
         raise UserError("the folder is in use by another process", self.path.parent, "wait for that process to end")
 

@@ -15,6 +15,6 @@ def masked_mse(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
     Source: He et al. 2022, arXiv:2111.06377, section 3.
     """
-    hidden = hidden.expand_as(prediction)
-    square = (prediction - target).square() if prediction.dtype == torch.float64 else (prediction.float() - target.float()).square()
-    return torch.where(hidden, square, 0).sum() / hidden.sum()
+    difference = prediction - target if prediction.dtype == torch.float64 else prediction.float() - target.float()
+    difference = torch.where(hidden, difference, 0)  # not a product: NaN * 0 = NaN
+    return difference.square().sum() / hidden.expand_as(difference).sum()

@@ -293,7 +293,7 @@ class SSLTrainer:
     def _draw(self, epoch: int, batch: Batch) -> None:
         self.model.eval()
         if rows := self.picture(batch):
-            draw_volumes(rows, self.folder / "pictures" / f"epoch_{epoch:04d}.png", f"{type(self).__name__}, epoch {epoch}")
+            draw_volumes(rows, self.folder / "pictures" / f"epoch_{epoch + 1:04d}.png", f"{type(self).__name__}, epoch {epoch + 1}")
 
     def _describe(self) -> None:
         if self.rank == 0:

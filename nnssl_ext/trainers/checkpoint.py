@@ -60,7 +60,8 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("checkpoint not found", path, "give the path of a checkpoint_*.pth") from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"the checkpoint can't be read: {str(error).splitlines()[0][:120]}", path, "use another checkpoint of the same folder") from None
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"the checkpoint can't be read: {reason}", path, "use another checkpoint of the same folder") from None
     if not isinstance(content, dict) or "network_weights" not in content:
         raise UserError("not a pretraining checkpoint (it has no 'network_weights')", path, "give a checkpoint that nnssl_train wrote")
     version = content.get("format_version")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -42,7 +43,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def draw_progress(records: list[dict[str, Any]], path: Path) -> None:
     """Curves of losses, learning rate and throughput over the epochs."""
-    epochs = [record["epoch"] for record in records]
+    epochs = [record["epoch"] + 1 for record in records]
     figure = Figure(figsize=(10, 11), dpi=90, layout="constrained")
     loss, rate, speed = figure.subplots(3, 1, sharex=True)
     for key in sorted(key for key in records[-1] if key.startswith(("train/", "val/"))):
@@ -58,7 +59,9 @@ def draw_progress(records: list[dict[str, Any]], path: Path) -> None:
     share.plot(epochs, [100 * record["data_wait_share"] for record in records], color="tab:red", alpha=0.6)
     share.set_ylabel("waiting for data, %", color="tab:red")
     share.set_ylim(0, 100)
+    speed.set_ylim(bottom=0)
     speed.set_xlabel("epoch")
+    speed.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (loss, rate, speed):
         axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:

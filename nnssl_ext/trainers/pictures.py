@@ -32,7 +32,7 @@ def draw_volumes(rows: list[Mapping[str, np.ndarray]], path: Path, title: str = 
                 cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
                 axis.imshow(cut, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="upper" if plane == 0 else "lower")
                 axis.set_axis_off()
-                axis.set_title(caption if plane == 0 else PLANES[plane], fontsize=8)
+                axis.set_title(f"{caption}, {PLANES[plane]}" if plane == 0 else PLANES[plane], fontsize=8)
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

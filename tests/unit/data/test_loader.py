@@ -1,0 +1,64 @@
+"""Step-indexed batches."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from nnssl_ext.data.loader import StepDataset, batches, split_subjects
+from nnssl_ext.data.masking import MaskedCrop
+from tests.make_data import ArrayStore
+
+SPEC = MaskedCrop((16, 16, 16), (8, 8, 8), 0.75)
+
+
+def digest(batch) -> str:
+    view = batch["image"]
+    return hashlib.sha256(view.image.numpy().tobytes() + view.mask.numpy().tobytes() + repr(view.cases).encode()).hexdigest()
+
+
+def dataset(batch_size=4, rank=0, ranks=1, cases=range(8)) -> StepDataset:
+    return StepDataset(ArrayStore(), SPEC, list(cases), 3, batch_size, rank=rank, ranks=ranks)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_batches_are_identical_with_any_number_of_workers(workers):
+    assert [digest(b) for b in batches(dataset(), 0, 9, workers)] == [digest(b) for b in batches(dataset(), 0, 9, 0)]
+
+
+def test_starting_at_a_step_gives_the_batches_of_an_uninterrupted_run():
+    assert [digest(b) for b in batches(dataset(), 5, 9)] == [digest(b) for b in batches(dataset(), 0, 9)][5:]
+
+
+def test_one_rank_and_two_ranks_see_the_same_samples():
+    def samples(parts):
+        return sorted(hashlib.sha256(image.numpy().tobytes()).hexdigest() for part in parts for k in range(6) for image in part[k]["image"].image)
+
+    assert samples([dataset(4)]) == samples([dataset(2, rank, 2) for rank in range(2)])
+
+
+def test_every_case_is_drawn_once_per_pass():
+    data = dataset(cases=[1, 3, 4, 6, 7])
+    for turn in range(20):
+        assert sorted(data.case(turn * 5 + i) for i in range(5)) == [1, 3, 4, 6, 7]
+    assert len({tuple(data.case(turn * 5 + i) for i in range(5)) for turn in range(20)}) > 10
+
+
+def test_other_seeds_give_other_batches():
+    other = StepDataset(ArrayStore(), SPEC, list(range(8)), 4, 4)
+    assert digest(other[0]) != digest(dataset()[0])
+
+
+@pytest.mark.parametrize(("subjects", "held_out"), [(1, 0), (2, 0), (3, 1), (10, 1), (40, 4)])
+def test_a_tenth_of_the_subjects_is_held_out_and_no_subject_is_on_both_sides(subjects, held_out):
+    names = [f"s{i % subjects}" for i in range(3 * subjects)]
+    train, val = split_subjects(names, seed=1)
+    assert sorted(train + val) == list(range(len(names)))
+    assert len({names[i] for i in val}) == held_out
+    assert not {names[i] for i in val} & {names[i] for i in train}
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_cases():
+    names = [f"s{i}" for i in range(30)]
+    shuffled = list(np.random.default_rng(0).permutation(names))
+    assert {names[i] for i in split_subjects(names, 2)[1]} == {shuffled[i] for i in split_subjects(shuffled, 2)[1]}

@@ -1,0 +1,89 @@
+"""Both families behind one protocol."""
+
+import pytest
+import torch
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
+from tests.make_data import make_plan
+
+CONFIG = make_plan().configurations["3d_fullres"]
+
+
+def build(family: str, channels: int = 1, config=CONFIG) -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(config, family, channels).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 1, *CONFIG.patch_size)
+
+
+def test_both_families_are_found():
+    assert set(families()) == {"resenc", "primus"}
+
+
+def test_the_decoders_features_give_the_librarys_output(image):
+    backbone = build("resenc")
+    features = backbone.decode(backbone.pyramid(image))
+    assert torch.equal(backbone.net.decoder.seg_layers[-1](features), backbone.net(image))
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_maps_have_the_declared_strides_and_widths(family, image):
+    backbone = build(family)
+    maps = backbone.pyramid(image)
+    assert [tuple(m.shape[1:]) for m in maps] == [(w, *(p // s for p, s in zip(CONFIG.patch_size, stride))) for w, stride in zip(backbone.widths, backbone.strides)]
+    assert backbone.pooled(image).shape == (2, backbone.widths[-1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tokens_equal_the_librarys_encoder(channels):
+    backbone, image = build("primus", channels), torch.randn(2, channels, *CONFIG.patch_size)
+    reference, _ = backbone.net.eva(backbone.net.down_projection(image).flatten(2).transpose(1, 2))
+    assert torch.allclose(backbone.tokens(image), reference, atol=2e-5)
+
+
+def test_keeping_every_token_equals_keeping_none_out(image):
+    backbone = build("primus")
+    every = torch.arange(backbone.tokens(image).shape[1]).expand(2, -1)
+    assert torch.allclose(backbone.tokens(image, every), backbone.tokens(image), atol=2e-5)
+
+
+def test_dropped_tokens_have_no_influence(image):
+    backbone = build("primus")
+    keep = torch.tensor([[0, 5, 9], [3, 8, 40]])
+    before = backbone.tokens(image, keep)
+    changed = image.clone()
+    changed[0, :, 8:16, 8:16, 8:16] = 99.0  # token (1, 1, 1) = 21 of the first sample, kept by neither
+    assert torch.equal(backbone.tokens(changed, keep), before)
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_adaptation_keys_point_at_real_tensors(family):
+    backbone = build(family)
+    weights, keys = backbone.network_weights(), backbone.adaptation()
+    assert any(key.startswith(keys.encoder + ".") for key in weights)
+    assert any(key.startswith(keys.stem + ".") for key in weights)
+    assert all(weights[f"{key}.weight"].shape[1] == 1 for key in keys.in_proj)
+    assert keys.positions is None or sum(key == keys.positions for key in weights) == 1
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_a_patch_that_is_not_divisible_is_refused(family):
+    import dataclasses
+
+    with pytest.raises(UserError, match="not divisible"):
+        build(family, config=dataclasses.replace(CONFIG, patch_size=(33, 32, 32)))
+
+
+def test_unknown_families_are_refused_with_the_closest_name():
+    with pytest.raises(UserError, match="did you mean 'resenc'"):
+        build("resnec")
+
+
+def test_a_method_that_needs_more_than_a_family_offers_is_refused():
+    with pytest.raises(UserError, match="ToyTrainer needs sparse; primus offers pyramid, token_drop"):
+        check_support(families()["primus"], [frozenset({"sparse"})], "ToyTrainer")
+    check_support(families()["resenc"], [frozenset({"sparse"}), frozenset({"decoder"})], "ToyTrainer")

@@ -1,0 +1,144 @@
+"""The planner: spacing, patch, topology, memory, normalisation."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.plan import Plan, check
+from nnssl_ext.planners import planner as planner_module
+from nnssl_ext.planners import primus, resenc
+from nnssl_ext.planners.planner import Planner
+from nnssl_ext.nn.backbones.base import resolve
+from tests.make_data import make_fingerprint, make_plan
+
+AXES = st.tuples(*[st.integers(1, 2048)] * 3)
+SPACINGS = st.tuples(*[st.floats(0.05, 20)] * 3)
+
+
+def test_isotropic_spacing_is_the_median_of_the_cases():
+    plan = make_plan(shapes=[(100, 100, 100)] * 3, spacings=[(1, 1, 1), (2, 2, 2), (5, 5, 5)])
+    assert plan.configurations["3d_fullres"].spacing == (2, 2, 2)
+
+
+def test_a_coarse_axis_takes_its_tenth_percentile():
+    thick = [3.0 + i for i in range(11)]  # 3, 4, ... 13 mm: the 10th percentile is 4
+    plan = make_plan(shapes=[(20, 256, 256)] * 11, spacings=[(t, 1, 1) for t in thick])
+    assert plan.configurations["3d_fullres"].spacing == pytest.approx((4, 1, 1))
+    assert plan.configurations["median"].spacing == pytest.approx((8, 1, 1))
+    assert any("coarse" in sentence for sentence in plan.decisions)
+
+
+def test_the_coarse_axis_never_becomes_finer_than_the_others():
+    plan = make_plan(shapes=[(20, 256, 256)] * 11, spacings=[(0.5, 1, 1)] * 2 + [(8, 1, 1)] * 9)
+    assert plan.configurations["3d_fullres"].spacing == pytest.approx((1.00001, 1, 1))
+
+
+def test_all_configurations_have_the_promised_spacing():
+    plan = make_plan(24, shapes=[(200, 300, 300)] * 4, spacings=[(1.5, 0.8, 0.8)] * 4)
+    assert plan.configurations["onemmiso"].spacing == (1, 1, 1)
+    assert plan.configurations["noresample"].spacing is None
+    assert plan.configurations["median"].spacing == (1.5, 0.8, 0.8)
+
+
+def test_lowres_is_planned_when_the_patch_sees_too_little_and_then_covers_a_quarter():
+    big = make_plan(8, shapes=[(600, 512, 512)] * 4, spacings=[(0.7, 0.7, 0.7)] * 4)
+    lowres = big.configurations["3d_lowres"]
+    assert np.prod(lowres.patch_size) >= 0.24 * np.prod(lowres.median_shape)
+    small = make_plan(8, shapes=[(64, 64, 64)] * 4, spacings=[(3, 3, 3)] * 4)
+    assert "3d_lowres" not in small.configurations
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(AXES, SPACINGS), min_size=1, max_size=4), st.sampled_from([0.5, 4, 8, 24, 80]))
+def test_any_fingerprint_gives_a_valid_plan_whose_patches_fit_strides_and_tokens(cases, memory):
+    plan = make_plan(memory, shapes=[c[0] for c in cases], spacings=[c[1] for c in cases])
+    check(plan.as_dict())
+    for config in plan.configurations.values():
+        strides = np.prod(config.networks["resenc"].kwargs["strides"], axis=0)
+        token = config.networks["primus"].kwargs["patch_embed_size"]
+        assert not (np.array(config.patch_size) % strides).any()
+        assert not (np.array(config.patch_size) % token).any()
+        deepest = np.array(config.patch_size) // strides
+        assert deepest.prod() >= 2 or len(config.networks["resenc"].kwargs["strides"]) == 1
+
+
+@pytest.mark.parametrize("memory", [6.5, 8, 12, 24, 40, 80])
+def test_planned_memory_stays_within_the_target(memory):
+    plan = make_plan(memory, shapes=[(300, 400, 400)] * 40, spacings=[(1, 0.8, 0.8)] * 40)
+    for config in plan.configurations.values():
+        for network in config.networks.values():
+            assert network.memory_gb <= memory
+            assert network.batch_size >= 2
+
+
+def test_more_memory_never_means_a_smaller_patch():
+    volumes = [np.prod(make_plan(gb, shapes=[(300, 400, 400)] * 9, spacings=[(1, 1, 1)] * 9).configurations["3d_fullres"].patch_size) for gb in (0.5, 4, 8, 24)]
+    assert volumes == sorted(volumes)
+
+
+@pytest.mark.parametrize("size", list(resenc.SIZES))
+@pytest.mark.parametrize(("spacing", "patch"), [((1, 1, 1), (64, 64, 64)), ((5, 1, 1), (16, 96, 64))])
+def test_the_count_of_feature_elements_equals_the_librarys_own(size, spacing, patch):
+    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+    network = resenc.network(spacing, patch, size, 24, 2)
+    net = ResidualEncoderUNet(input_channels=1, num_classes=2, **resolve(dict(network.kwargs), network.imports))
+    kwargs = network.kwargs
+    counted = resenc.feature_elements(patch, kwargs["strides"], kwargs["features_per_stage"], kwargs["n_blocks_per_stage"])
+    assert counted == net.compute_conv_feature_map_size(patch)
+    assert resenc.parameters(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]) == pytest.approx(sum(p.numel() for p in net.parameters()), rel=0.1)
+
+
+@pytest.mark.nnunet
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(8, 256)] * 3), st.tuples(*[st.floats(0.3, 8)] * 3))
+def test_the_topology_follows_nnunets_rule(patch, spacing):
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch, 4, 999999)
+    ours = resenc.topology(spacing, patch, max_stages=99)
+    assert [tuple(s) for s in ours[0]] == list(strides)
+    assert [tuple(k) for k in ours[1]] == list(kernels)
+
+
+def test_tokens_are_near_cubes_in_millimetres():
+    assert primus.token_size((1, 1, 1)) == (8, 8, 8)
+    assert primus.token_size((4, 1, 1)) == (2, 8, 8)
+    assert primus.token_size((0.5, 0.5, 2)) == (8, 8, 2)
+    assert primus.token_size((100, 1, 1)) == (1, 8, 8)
+
+
+def test_ct_is_clipped_and_standardised_with_statistics_of_the_collection():
+    scheme = make_plan(modality="CT").configurations["3d_fullres"].normalization["CT"]
+    assert (scheme.scheme, scheme.mean, scheme.std, scheme.low, scheme.high) == ("ct", 40, 120, -800, 600)
+
+
+def test_mr_is_standardised_per_case():
+    assert make_plan(modality="T1w").configurations["3d_fullres"].normalization["T1w"].scheme == "zscore"
+
+
+def test_a_plan_survives_saving_and_loading(tmp_path):
+    plan = make_plan()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").as_dict() == plan.as_dict()
+
+
+def test_a_fingerprint_without_readable_cases_is_refused():
+    fingerprint = make_fingerprint()
+    fingerprint["cases"] = {}
+    with pytest.raises(UserError, match="no readable case"):
+        Planner(fingerprint, 4.0)
+
+
+def test_the_memory_of_the_card_comes_from_its_driver(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 24576\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(planner_module.shutil, "which", lambda name: str(tool))
+    assert planner_module.card_memory_gb() == 24
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert planner_module.card_memory_gb() == planner_module.CPU_MEMORY_GB
+    monkeypatch.setattr(planner_module.shutil, "which", lambda name: None)
+    assert planner_module.card_memory_gb() == planner_module.CPU_MEMORY_GB

@@ -1,0 +1,151 @@
+"""The loop: resume, validation, files, mistakes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.files import FolderLock
+from nnssl_ext.nn import distributed
+from nnssl_ext.trainers.base import SSLTrainer
+from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.mae import MAETrainer
+from tests.make_data import ArrayStore, make_plan
+
+PLAN = make_plan()
+SHORT = MAETrainer.Config(epochs=3, iterations=4, batch_size=1, workers=0)
+
+
+def trainer(folder, family="primus", config=SHORT, **options) -> MAETrainer:
+    return MAETrainer(PLAN, "3d_fullres", config, options.pop("store", ArrayStore()), folder, family=family, **options)
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("step", [1, 7, 8, 11])
+def test_resuming_at_a_step_equals_the_uninterrupted_run_bit_for_bit(family, step, tmp_path):
+    trainer(tmp_path / "whole", family).fit()
+    trainer(tmp_path / "parts", family).fit(stop_at=step)
+    trainer(tmp_path / "parts", family, dataclasses.replace(SHORT, workers=1)).fit(resume=True)
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint_final.pth") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts["ssl_state"][key]) for key, value in whole["ssl_state"].items())
+    assert all(torch.equal(value, parts["network_weights"][key]) for key, value in whole["network_weights"].items())
+    for number, state in whole["optimizer_state"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(parts["optimizer_state"]["state"][number][key])) for key, value in state.items())
+    curves = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
+    keys = ("epoch", "step", "train/total", "val/total", "lr")
+    assert [[record[k] for k in keys] for record in curves[0]] == [[record[k] for k in keys] for record in curves[1]]
+    assert whole["best"] == parts["best"]
+
+
+def test_a_run_leaves_checkpoints_curves_pictures_and_its_settings(tmp_path):
+    trainer(tmp_path).fit()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint_best.pth", "checkpoint_final.pth", "checkpoint_latest.pth", "metrics.jsonl", "progress.png", "pictures", "run.json"}
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert settings["recipe"]["lr"] == 3e-4 and settings["cases"] == {"train": 7, "validation": 1}
+
+
+def test_a_checkpoint_holds_plain_types_and_says_how_to_rebuild_the_encoder(tmp_path):
+    run = trainer(tmp_path, "resenc")
+    run.fit()
+    content = load_checkpoint(tmp_path / "checkpoint_final.pth")
+    assert content["trainer_name"] == "MAETrainer" and content["transfer"] == "encoder+decoder" and content["step"] == 12
+    assert content["nnssl_adaptation_plan"]["key_to_encoder"] == "encoder.stages"
+    assert set(content["network_weights"]) == set(run.backbone.net.state_dict())
+    assert all(torch.equal(value, content["ssl_state"][f"backbone.net.{key}"]) for key, value in content["network_weights"].items())
+
+
+def test_aliased_weights_are_stored_once(tmp_path):
+    run = trainer(tmp_path, "resenc")
+    run.fit(stop_at=1)
+    unique = sum(p.numel() for p in run.model.parameters())
+    assert (tmp_path / "checkpoint_latest.pth").stat().st_size < 4 * unique * 2.6  # weights and momentum, not four aliases
+
+
+def test_validation_repeats_exactly(tmp_path):
+    run = trainer(tmp_path)
+    run.initialize()
+    assert run.val_cases and run.validate() == run.validate()
+
+
+def test_fewer_than_three_subjects_train_without_validation(tmp_path):
+    run = trainer(tmp_path, store=ArrayStore(cases=2), config=dataclasses.replace(SHORT, epochs=1))
+    run.fit()
+    assert "val/total" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (tmp_path / "checkpoint_best.pth").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    trainer(tmp_path).fit(stop_at=1)
+    before = (tmp_path / "checkpoint_latest.pth").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        trainer(tmp_path).fit()
+    assert (tmp_path / "checkpoint_latest.pth").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(UserError, match="in use by process"):
+        trainer(tmp_path).fit()
+
+
+def test_continuing_with_other_hyper_parameters_is_refused(tmp_path):
+    trainer(tmp_path).fit(stop_at=1)
+    with pytest.raises(UserError, match="mask_ratio"):
+        trainer(tmp_path, config=dataclasses.replace(SHORT, mask_ratio=0.5)).fit(resume=True)
+    with pytest.raises(UserError, match="another run"):
+        trainer(tmp_path, "resenc").fit(resume=True)
+
+
+def test_continuing_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="checkpoint not found"):
+        trainer(tmp_path).fit(resume=True)
+
+
+def test_a_finished_run_can_be_continued_without_effect(tmp_path):
+    trainer(tmp_path).fit()
+    before = (tmp_path / "checkpoint_final.pth").read_bytes()
+    trainer(tmp_path).fit(resume=True)
+    assert (tmp_path / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(tmp_path):
+    trainer(tmp_path).fit(stop_at=2)
+    store = ArrayStore()
+    for array in store.arrays:
+        array[:] = float("inf")
+    with pytest.raises(UserError, match="not finite at step 2"):
+        trainer(tmp_path, store=store).fit(resume=True)
+    assert load_checkpoint(tmp_path / "checkpoint_latest.pth")["step"] == 2
+
+
+def test_a_method_whose_needs_the_backbone_lacks_fails_before_data_are_read(tmp_path):
+    class NeedsSparse(SSLTrainer):
+        needs = (frozenset({"sparse"}),)
+
+    with pytest.raises(UserError, match="NeedsSparse needs sparse"):
+        NeedsSparse(PLAN, "3d_fullres", SHORT, None, tmp_path)
+
+
+def _rank(folder: str, config: MAETrainer.Config) -> None:
+    torch.set_num_threads(1)
+    trainer(folder, "resenc", config).fit()
+
+
+def test_two_processes_with_half_the_batch_train_like_one(tmp_path):
+    config = dataclasses.replace(SHORT, epochs=1, lr=1e-3)
+    trainer(tmp_path / "one", "resenc", dataclasses.replace(config, batch_size=2)).fit()
+    distributed.launch(_rank, 2, "cpu", str(tmp_path / "two"), config)
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint_final.pth")["ssl_state"] for name in ("one", "two"))
+    assert max(float((value - two[key]).abs().max()) for key, value in one.items()) < 1e-5
+
+
+def _broken_rank(folder: str) -> None:
+    trainer(folder, "resenc", dataclasses.replace(SHORT, optimizer="none such")).fit()
+
+
+def test_a_mistake_in_one_of_several_processes_ends_all_with_exit_code_2(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        distributed.launch(_broken_rank, 2, "cpu", str(tmp_path))
+    assert ended.value.code == 2
