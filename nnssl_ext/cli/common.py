@@ -48,3 +48,28 @@ def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace],
             raise
         print(f"internal error: {type(error).__name__}: {error}\n  fix: run again with --verbose and report the traceback", file=sys.stderr)
         return INTERNAL_ERROR
+
+
+def add_dataset(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("-d", metavar="ID", nargs="+", required=True, help="dataset IDs or names")
+
+
+def add_configurations(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("-c", metavar="CONFIG", nargs="+", default=["3d_fullres"], help="configurations (default: 3d_fullres)")
+
+
+def add_processes(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("-np", metavar="N", type=_at_least_one, default=min(8, os.cpu_count() or 1), help="worker processes (default: %(default)s)")
+
+
+def add_planning(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
+    arguments.add_argument("-pl", metavar="PLANNER", default="Planner", help="planner class, built-in or from $nnssl_extPath (default: %(default)s)")
+    arguments.add_argument("-gpu_memory_target", metavar="GB", type=float, help="memory to plan for (default: the card's; 4 without one)")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

@@ -30,6 +30,10 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+class DiskError(UserError):
+    """The disk is full, read-only or failing: going on with other cases makes no sense."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known name, or lists all of them (at most 12)."""
     known = sorted(known)

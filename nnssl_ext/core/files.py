@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.errors import DiskError, UserError
 
 _DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only", errno.EIO: "the disk failed"}
 
@@ -26,7 +26,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     instant leaves either the old or the new file.
 
     Raises:
-        UserError: the disk is full, read-only or failing; `path` keeps its former content.
+        DiskError: the disk is full, read-only or failing; `path` keeps its former content.
     """
     path = Path(path)
     temporary = None
@@ -43,7 +43,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in _DISK_ERRORS:
-            raise UserError(
+            raise DiskError(
                 f"could not write: {_DISK_ERRORS[error.errno]}", path, "free or change the disk and run the same command again; files already written are valid"
             ) from error
         raise

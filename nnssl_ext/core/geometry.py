@@ -53,4 +53,4 @@ class Geometry:
 
 def resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
     """Voxels of each axis after resampling from `spacing` to `target` (nnU-Net's rule: rounded, at least 1)."""
-    return tuple(max(1, int(round(n * old / new))) for n, old, new in zip(shape, spacing, target))
+    return tuple(max(1, int(round(old / new * n))) for n, old, new in zip(shape, spacing, target))

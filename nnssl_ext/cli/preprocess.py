@@ -1,0 +1,42 @@
+"""nnssl_preprocess: preprocess the cases of planned datasets."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnssl_ext.cli.common import SOME_FAILED, add_configurations, add_dataset, add_processes, parser, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    result = parser("nnssl_preprocess", "Crop, normalise, resample and store the cases of planned datasets.", "nnssl_preprocess -d 801 -c 3d_fullres -np 8")
+    add_dataset(result)
+    result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
+    add_configurations(result)
+    add_processes(result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(arguments(), _main, argv)
+
+
+def _main(options: argparse.Namespace) -> int:
+    from nnssl_ext.core.errors import UserError
+    from nnssl_ext.core.paths import PREPROCESSED, RAW, dataset_name, preprocessed_folder
+    from nnssl_ext.core.plan import Plan
+    from nnssl_ext.preprocessing.preprocessor import preprocess
+
+    names = [dataset_name(number, (RAW, PREPROCESSED)) for number in options.d]
+    files = [preprocessed_folder(name) / f"{options.p}.json" for name in names]
+    for number, file in zip(options.d, files):
+        if not file.is_file():
+            raise UserError(f"the dataset has no plans '{options.p}'", file, f"nnssl_plan_experiment -d {number}")
+    plans = [Plan.load(file) for file in files]
+    for plan in plans:
+        for configuration in options.c:
+            plan.configuration(configuration)
+    failures = [preprocess(name, plan, configuration, options.np) for name, plan in zip(names, plans) for configuration in options.c]
+    for failed in failures:
+        for case, message in failed.items():
+            print(f"failed: {case}: {message}")
+    return SOME_FAILED if any(failures) else 0

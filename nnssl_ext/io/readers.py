@@ -1,0 +1,104 @@
+"""Volumes from files: every axis order, unit and defect is settled here.
+
+Arrays are float32 in axis order (z, y, x); geometry is kept as `Geometry`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.io.index import Case
+
+TOLERANCE_MM = 1e-2  # by which origins of the channels of a case may differ
+_WHOLE = "copy or download the file again"
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
+    """Read an image (NIfTI, NRRD, MHA, ...) as float32 (z, y, x).
+
+    Raises:
+        UserError: missing, truncated or unreadable file; not 3D; several components; NaN or infinity; constant.
+    """
+    geometry = read_header(path)
+    _check_gzip(path)
+    try:
+        array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32))
+    except RuntimeError as error:
+        raise UserError(f"the image can't be read: {_reason(error)}", path, _WHOLE) from None
+    if not np.isfinite(array).all():
+        raise UserError(f"the image holds {int((~np.isfinite(array)).sum())} voxels that are NaN or infinite", path, "repair the image or leave the case out")
+    if array.min() == array.max():
+        raise UserError(f"the image is constant ({array.flat[0]:g} everywhere)", path, "leave the case out")
+    return array, geometry
+
+
+def read_header(path: Path) -> Geometry:
+    """Geometry of an image without reading its voxels.
+
+    Raises:
+        UserError: missing or unreadable file; not 3D; several components; spacing or size that is not positive.
+    """
+    if not path.is_file():
+        raise UserError("image file not found" if not path.is_symlink() else "broken link", path, "restore the file or take the case out of the index")
+    if path.stat().st_size == 0:
+        raise UserError("the image file is empty", path, _WHOLE)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
+    size, spacing = reader.GetSize(), reader.GetSpacing()
+    if reader.GetNumberOfComponents() != 1:
+        raise UserError(f"the image has {reader.GetNumberOfComponents()} values per voxel (colour or vector), one is needed", path, "split it into channels")
+    if len(size) != 3:
+        raise UserError(f"the image is {len(size)}D ({' x '.join(map(str, size))}), 3D is needed", path, "split a series into volumes, leave out 2D images")
+    if sum(n > 1 for n in size) < 3:
+        raise UserError(f"the image is 2D ({' x '.join(map(str, size))} voxels), 3D is needed", path, "leave the case out")
+    if not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise UserError(f"the spacing {spacing} is not positive", path, "repair the header")
+    return Geometry(size[::-1], spacing[::-1], reader.GetOrigin(), reader.GetDirection())
+
+
+def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
+    """All channels of a case as float32 (C, z, y, x).
+
+    Raises:
+        UserError: what `read_volume` raises; channels of unequal shape, spacing, origin or direction.
+    """
+    volumes = [read_volume(path) for path in case.images]
+    first = volumes[0][1]
+    for (_, other), path in zip(volumes[1:], case.images[1:]):
+        for name in ("shape", "spacing", "origin", "direction"):
+            a, b = getattr(first, name), getattr(other, name)
+            if not np.allclose(a, b, rtol=0, atol=0 if name == "shape" else TOLERANCE_MM):
+                raise UserError(f"channels of case {case.identifier} differ in {name}: {_short(a)} and {_short(b)}", path, "resample them to one grid")
+    return np.stack([array for array, _ in volumes]), first
+
+
+def _check_gzip(path: Path) -> None:
+    """A cut or damaged .gz is found here: SimpleITK fills the rest with zeros without a word."""
+    if path.suffix != ".gz":
+        return
+    try:
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"the compressed image is truncated or damaged: {error}", path, _WHOLE) from None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:120]
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
