@@ -22,10 +22,11 @@ help:   ## list the targets
 
 setup: $(STAMP)   ## create or update .venv (needed by every other target, run by itself)
 
-# First what uv.lock says, online or from uv's cache alone; if neither works (no public PyPI, but a mirror), what the user's index offers.
+# First what uv.lock says: online, online with the system's certificates (proxies that re-sign), from uv's cache alone.
+# If none works (no public PyPI, but a mirror): what the index that uv is configured for offers.
+SYNC   := sync --frozen --extra dev --inexact
 $(STAMP): pyproject.toml uv.lock setup.py | $(UV)
-	@$(UV) sync --frozen --extra dev --inexact </dev/null \
-	|| $(UV) sync --frozen --extra dev --inexact --offline </dev/null \
+	@$(UV) $(SYNC) </dev/null || UV_SYSTEM_CERTS=1 $(UV) $(SYNC) </dev/null || $(UV) $(SYNC) --offline </dev/null \
 	|| { echo "uv.lock could not be installed; trying the package index that uv is configured for"; \
 	     $(UV) venv --allow-existing .venv && $(UV) pip install --python $(BIN)/python -e '.[dev]' </dev/null; }
 	@touch $@
@@ -55,7 +56,7 @@ format: setup   ## rewrite the files in the project's style
 	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 
 bench: setup   ## all benchmarks; writes benchmarks/results.json
-	@$(UV) sync --frozen --extra dev --extra bench --inexact --quiet </dev/null || true
+	@$(UV) $(SYNC) --extra bench --quiet </dev/null || true
 	@$(BIN)/python -m benchmarks all
 
 lock:   ## choose the versions of uv.lock anew

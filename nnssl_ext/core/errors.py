@@ -37,10 +37,8 @@ class DiskError(UserError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known name, or lists all of them (at most 12)."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:
-        folded = {k.lower(): k for k in known}
-        close = [folded[m] for m in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)]
+    folded = {k.lower(): k for k in known}
+    close = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)]
     if close:
         return f"did you mean '{close[0]}'?"
     listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")

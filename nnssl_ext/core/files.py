@@ -143,7 +143,9 @@ class FolderLock:
         except FileNotFoundError:
             return
         except (OSError, ValueError):
-            owner = {}
+            owner = None
+        if not isinstance(owner, dict):
+            raise UserError("the folder is locked, its lock is unreadable", self.path.parent, f"make sure that no process uses the folder, then delete {self.path}")
         pid, host = owner.get("pid"), owner.get("host")
         if host == socket.gethostname() and isinstance(pid, int) and not _alive(pid):
             self.path.unlink(missing_ok=True)

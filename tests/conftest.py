@@ -1,0 +1,36 @@
+"""What every test shares: an environment without the user's settings, and few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for the processes that tests start
+    os.environ.setdefault(_variable, str(THREADS))
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the user's nnssl_* and nnUNet_* variables."""
+    for variable in list(os.environ):
+        if variable.lower().startswith(("nnssl_", "nnunet_")):
+            monkeypatch.delenv(variable)
+    yield
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Empty nnssl_raw, nnssl_preprocessed and nnssl_results, set in the environment; their paths by name."""
+    made = {}
+    for name in ("nnssl_raw", "nnssl_preprocessed", "nnssl_results"):
+        made[name] = tmp_path / name
+        made[name].mkdir()
+        monkeypatch.setenv(name, str(made[name]))
+    return made
