@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from nnssl_ext import __version__
@@ -30,6 +31,7 @@ def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace],
     0 done, 1 some cases failed, 2 user error, 70 internal error, 130 interrupted from the keyboard.
     """
     options = arguments.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # between libraries; nothing a user can mend
     try:
         return main(options) or DONE
     except UserError as error:

@@ -17,8 +17,8 @@ from nnssl_ext.core.errors import UserError, did_you_mean
 PLUGIN_VARIABLE = "nnssl_extPath"
 
 
-def find_class(name: str, base: type, package: str) -> type:
-    """The subclass of `base` called `name`.
+def find_class(name: str, base: type, package: str, with_base: bool = False) -> type:
+    """The subclass of `base` called `name` (`base` itself counts `with_base`).
 
     Looked for in the modules of `package` (dotted name) and then in every ``*.py`` below the folders that the
     environment variable ``nnssl_extPath`` lists (separated as in PATH).
@@ -26,7 +26,7 @@ def find_class(name: str, base: type, package: str) -> type:
     Raises:
         UserError: no such class; names the closest one.
     """
-    known = all_classes(base, package)
+    known = all_classes(base, package) | ({base.__name__: base} if with_base else {})
     if name not in known:
         raise UserError(f"unknown {base.__name__} '{name}'", f"package {package} and ${PLUGIN_VARIABLE}", did_you_mean(name, known))
     return known[name]

@@ -110,7 +110,7 @@ class Demo:
         sections = [self._data(), self._plan(), _pretraining(run), _export(report), self._finetuning(scores), self._commands()]
         note = (
             "This is a smoke run: minutes of training on a handful of volumes. It shows that every step works together; its Dice values say nothing about "
-            "what pretraining is worth. " + self.data["statement"]
+            "what pretraining is worth. " + self.data["sentence"]
         )
         path = self.folder / "index.html"
         lead = "From raw volumes to a network that stock nnU-Net fine-tuned from a self-supervised checkpoint, on this machine's CPU."

@@ -9,6 +9,7 @@ import gzip
 import zlib
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK
 
@@ -27,13 +28,12 @@ def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
         UserError: missing, truncated or unreadable file; not 3D; several components; NaN or infinity; constant.
     """
     geometry = read_header(path)
-    _check_gzip(path)
+    _check_nifti(path)
     try:
         array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32))
     except RuntimeError as error:
         raise UserError(f"the image can't be read: {_reason(error)}", path, _WHOLE) from None
-    if not np.isfinite(array).all():
-        raise UserError(f"the image holds {int((~np.isfinite(array)).sum())} voxels that are NaN or infinite", path, "repair the image or leave the case out")
+    _check_finite(array, path)
     if array.min() == array.max():
         raise UserError(f"the image is constant ({array.flat[0]:g} everywhere)", path, "leave the case out")
     return array, geometry
@@ -83,16 +83,25 @@ def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
     return np.stack([array for array, _ in volumes]), first
 
 
-def _check_gzip(path: Path) -> None:
-    """A cut or damaged .gz is found here: SimpleITK fills the rest with zeros without a word."""
-    if path.suffix != ".gz":
+def _check_nifti(path: Path) -> None:
+    """What SimpleITK hides: it fills the rest of a cut .nii.gz with zeros and replaces NaN and infinity in NIfTI by 0."""
+    if not path.name.endswith((".nii", ".nii.gz")):
         return
     try:
-        with gzip.open(path) as stream:
-            while stream.read(1 << 22):
-                pass
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"the compressed image is truncated or damaged: {error}", path, _WHOLE) from None
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        kind = nibabel.Nifti2Image if int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540 else nibabel.Nifti1Image
+        values = kind.from_bytes(content).dataobj.get_unscaled()
+    except (EOFError, OSError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise UserError(f"the image is truncated or damaged: {_reason(error)}", path, _WHOLE) from None
+    if values.dtype.kind == "f":
+        _check_finite(values, path)
+
+
+def _check_finite(values: np.ndarray, path: Path) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(f"the image holds {int((~np.isfinite(values)).sum())} voxels that are NaN or infinite", path, "repair the image or leave the case out")
 
 
 def _reason(error: Exception) -> str:

@@ -212,7 +212,7 @@ def plan_experiment(dataset_name: str, planner: str = "Planner", plans_name: str
     file = folder / "dataset_fingerprint.json"
     if not file.is_file():
         raise UserError("the dataset has no fingerprint yet", file, f"nnssl_extract_fingerprint -d {dataset_name}")
-    cls = find_class(planner, Planner, "nnssl_ext.planners") if planner != "Planner" else Planner
+    cls = find_class(planner, Planner, "nnssl_ext.planners", with_base=True)
     memory = card_memory_gb() if gpu_memory_target_gb is None else gpu_memory_target_gb
     if memory <= 0:
         raise UserError(f"the memory target must be positive, not {memory:g} GB", "option -gpu_memory_target")

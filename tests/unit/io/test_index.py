@@ -1,0 +1,71 @@
+"""Datasets to cases."""
+
+import json
+import shutil
+
+import pytest
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.io.index import read_index
+from tests.make_raw import nnunet_dataset, pretrain_dataset, write_image, body_volume
+
+
+def fails(folder, message):
+    with pytest.raises(UserError) as error:
+        read_index(folder)
+    assert message in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_an_nnunet_raw_folder_gives_a_case_per_volume_with_all_channels(tmp_path):
+    cases = read_index(nnunet_dataset(tmp_path, cases=3, channels=2))
+    assert [case.identifier for case in cases] == ["case0", "case1", "case2"]
+    assert [path.name for path in cases[1].images] == ["case1_0000.nii.gz", "case1_0001.nii.gz"]
+    assert cases[0].modalities == ("CT", "CT") and cases[0].subject == "case0"
+
+
+def test_unlabelled_images_beside_the_training_images_are_used_too(tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=1)
+    write_image(folder / "imagesUn" / "extra_0000.nii.gz", body_volume())
+    assert [case.identifier for case in read_index(folder)] == ["case0", "extra"]
+
+
+def test_pretrain_data_gives_subjects_sessions_and_resolved_paths(folders):
+    cases = read_index(pretrain_dataset(folders["nnssl_raw"]))
+    assert len(cases) == 6 and all(path.is_file() for case in cases for path in case.images)
+    assert cases[0].identifier == "7__s0__ses0__CT" and cases[0].modalities == ("CT",)
+    assert {case.subject for case in cases} == {"7/s0", "7/s1", "7/s2"}
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    fails(tmp_path / "none", "dataset folder not found")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "neither pretrain_data.json nor dataset.json")
+    folder = nnunet_dataset(tmp_path)
+    shutil.rmtree(folder / "imagesTr")
+    fails(folder, "holds no image")
+
+
+def test_cases_of_unequal_channels_are_named(tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=3, channels=2)
+    (folder / "imagesTr" / "case1_0001.nii.gz").unlink()
+    fails(folder, "case case1 has channels [0], dataset.json names [0, 1]")
+
+
+def test_names_without_a_channel_number_are_named(tmp_path):
+    folder = nnunet_dataset(tmp_path)
+    write_image(folder / "imagesTr" / "scan.nii.gz", body_volume())
+    fails(folder, "does not end in a channel number")
+
+
+def test_broken_indices_are_named(folders):
+    folder = pretrain_dataset(folders["nnssl_raw"])
+    content = json.loads((folder / "pretrain_data.json").read_text())
+    session = content["datasets"]["7"]["subjects"]["s0"]["sessions"]["ses0"]
+    session["images"].append(session["images"][0])
+    (folder / "pretrain_data.json").write_text(json.dumps(content))
+    fails(folder, "used twice")
+    del session["images"][1]["modality"], session["images"][0]
+    (folder / "pretrain_data.json").write_text(json.dumps(content))
+    fails(folder, "malformed")
+    (folder / "pretrain_data.json").write_text("{")
+    fails(folder, "not valid JSON")

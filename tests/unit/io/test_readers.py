@@ -1,0 +1,94 @@
+"""Reading volumes: geometry is kept, defects are named."""
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.io.index import Case
+from nnssl_ext.io.readers import read_case, read_header, read_volume
+from tests.make_raw import body_volume, write_image
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"])
+def test_every_format_gives_the_same_array_and_geometry(ending, tmp_path):
+    array = body_volume()
+    read, geometry = read_volume(write_image(tmp_path / f"image{ending}", array))
+    assert read.dtype == np.float32 and np.array_equal(read, array)
+    assert geometry.shape == (20, 24, 28)
+    assert geometry.spacing == pytest.approx((3, 2, 2)) and geometry.origin == pytest.approx((10, -20, 30))
+
+
+def test_world_coordinates_equal_simpleitks_for_an_oblique_volume(tmp_path):
+    image = SimpleITK.GetImageFromArray(body_volume())
+    image.SetSpacing((0.7, 1.3, 2.5))
+    image.SetOrigin((-5, 8, 3))
+    angle = 0.4
+    image.SetDirection((np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1))
+    SimpleITK.WriteImage(image, str(tmp_path / "oblique.nii.gz"))
+    geometry = read_header(tmp_path / "oblique.nii.gz")
+    for voxel in [(0, 0, 0), (3, 7, 11), (19, 23, 27)]:
+        assert geometry.to_world(voxel) == pytest.approx(image.TransformIndexToPhysicalPoint(voxel[::-1]), abs=1e-4)
+
+
+def fails(path, message):
+    with pytest.raises(UserError) as error:
+        read_volume(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
+def test_a_truncated_file_is_named(share, tmp_path):
+    path = write_image(tmp_path / "image.nii.gz", body_volume())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    fails(path, "truncated or damaged")
+
+
+def test_a_truncated_tail_is_not_filled_with_zeros(tmp_path):
+    path = write_image(tmp_path / "image.nii.gz", body_volume())
+    path.write_bytes(path.read_bytes()[:-20])
+    fails(path, "truncated or damaged")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_not_finite_are_named(value, tmp_path):
+    array = body_volume().astype(np.float32)
+    array[3, 4, 5:7] = value
+    for ending in (".nii.gz", ".nii", ".mha", ".nrrd"):
+        fails(write_image(tmp_path / f"image{ending}", array), "2 voxels that are NaN or infinite")
+
+
+def test_two_dimensional_images_are_refused(tmp_path):
+    fails(write_image(tmp_path / "slice.nii.gz", body_volume()[3]), "2D")
+    fails(write_image(tmp_path / "thin.nii.gz", body_volume()[3:4]), "2D")
+
+
+def test_series_colour_constant_empty_and_missing_files_are_refused(tmp_path):
+    fails(write_image(tmp_path / "constant.nii.gz", np.full((4, 5, 6), 7, np.int16)), "constant")
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    fails(tmp_path / "empty.nii.gz", "empty")
+    fails(tmp_path / "missing.nii.gz", "not found")
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    fails(tmp_path / "link.nii.gz", "broken link")
+    (tmp_path / "text.nii.gz").write_text("not an image")
+    fails(tmp_path / "text.nii.gz", "header can't be read")
+    colour = SimpleITK.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True)
+    SimpleITK.WriteImage(colour, str(tmp_path / "colour.nrrd"))
+    fails(tmp_path / "colour.nrrd", "3 values per voxel")
+    SimpleITK.WriteImage(SimpleITK.Image([4, 5, 6, 2], SimpleITK.sitkFloat32), str(tmp_path / "series.nii.gz"))
+    fails(tmp_path / "series.nii.gz", "4D")
+
+
+def test_channels_are_stacked_and_must_share_their_grid(tmp_path):
+    paths = [write_image(tmp_path / f"{i}.nii.gz", body_volume(index=i)) for i in range(2)]
+    array, _ = read_case(Case("a", "a", "1", tuple(paths), ("T1", "T2")))
+    assert array.shape == (2, 20, 24, 28) and np.array_equal(array[1], body_volume(index=1))
+    for name, changed in [
+        ("shape", write_image(tmp_path / "shape.nii.gz", body_volume((20, 24, 27)))),
+        ("spacing", write_image(tmp_path / "spacing.nii.gz", body_volume(), spacing=(3, 2, 2.2))),
+        ("origin", write_image(tmp_path / "origin.nii.gz", body_volume(), origin=(10, -20, 31))),
+    ]:
+        with pytest.raises(UserError, match=f"channels of case a differ in {name}"):
+            read_case(Case("a", "a", "1", (paths[0], changed), ("T1", "T2")))

@@ -1,0 +1,53 @@
+"""Resampling equals nnU-Net's default."""
+
+import numpy as np
+import pytest
+
+from nnssl_ext.preprocessing.resample import axis_matrix, resample, separate_axis
+
+
+def random_pairs(count):
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        spacing = rng.uniform(0.5, 2, 3)
+        target = rng.uniform(0.5, 2, 3)
+        if rng.random() < 0.4:
+            spacing[rng.integers(3)] *= 5
+        yield rng.integers(2, 40, 3), rng.integers(2, 40, 3), spacing, target, rng.integers(10**6)
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize(("shape", "new", "spacing", "target", "seed"), list(random_pairs(30)))
+def test_the_result_equals_nnunets_default_resampling(shape, new, spacing, target, seed):
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    data = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32) * 500
+    expected = resample_data_or_seg_to_shape(data, new, spacing, target, is_seg=False, order=3, order_z=0, force_separate_z=None)
+    found = resample(data, new, spacing, target)
+    assert found.dtype == np.float32 and found.flags.c_contiguous
+    assert np.abs(found - expected).max() <= 1e-5 * np.ptp(data)
+
+
+def test_the_same_shape_returns_the_array_itself():
+    data = np.ones((1, 3, 4, 5), np.float32)
+    assert resample(data, (3, 4, 5), (1, 1, 1), (1, 1, 1)) is data
+
+
+def test_a_coarse_axis_is_found_in_the_old_spacing_then_in_the_new_one():
+    assert separate_axis((5, 1, 1), (1, 1, 1)) == 0
+    assert separate_axis((1, 1, 1), (1, 1, 4)) == 2
+    assert separate_axis((1, 1, 1), (2, 2, 2)) is None
+    assert separate_axis((1, 5, 5), (1, 1, 1)) is None  # two coarse axes
+
+
+def test_rows_of_a_matrix_sum_to_one_and_constant_volumes_stay_constant():
+    for old, new in [(5, 9), (9, 5), (2, 7), (1, 4), (30, 31)]:
+        assert np.allclose(axis_matrix(old, new, 3).sum(1), 1, atol=1e-6)
+    constant = np.full((1, 6, 7, 8), 4.25, np.float32)
+    assert np.all(resample(constant, (9, 5, 11), (1, 1, 1), (1, 1, 1)) == 4.25)
+
+
+def test_values_never_leave_the_range_of_the_input():
+    data = (np.random.default_rng(0).random((1, 12, 13, 14)) > 0.5).astype(np.float32)
+    resampled = resample(data, (20, 20, 20), (1, 1, 1), (1, 1, 1))
+    assert resampled.min() == 0 and resampled.max() == 1
