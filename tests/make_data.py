@@ -19,10 +19,25 @@ def make_fingerprint(
 ) -> dict[str, Any]:
     """A fingerprint with the fields that a planner reads."""
     cases = {
-        f"case{i:03d}": {"subject": f"s{i}", "modalities": [modality] * channels, "shape": list(shape), "shape_after_crop": list(shape), "spacing": list(spacing)}
+        f"case{i:03d}": {
+            "subject": f"s{i}",
+            "modalities": [modality] * channels,
+            "shape": list(shape),
+            "shape_after_crop": list(shape),
+            "spacing": list(spacing),
+        }
         for i, (shape, spacing) in enumerate(zip(shapes, spacings))
     }
-    statistics = {"mean": 40.0, "std": 120.0, "median": 50.0, "min": -1000.0, "max": 1500.0, "percentile_00_5": -800.0, "percentile_99_5": 600.0, "voxels": 1000}
+    statistics = {
+        "mean": 40.0,
+        "std": 120.0,
+        "median": 50.0,
+        "min": -1000.0,
+        "max": 1500.0,
+        "percentile_00_5": -800.0,
+        "percentile_99_5": 600.0,
+        "voxels": 1000,
+    }
     return {"schema_version": 1, "dataset_name": "Dataset801_Test", "channels": channels, "cases": cases, "intensities": {modality: statistics}, "failed": {}}
 
 

@@ -37,7 +37,9 @@ def nnunet_dataset(root: Path, cases: int = 3, channels: int = 1, name: str = "D
     for case in range(cases):
         for channel in range(channels):
             write_image(folder / "imagesTr" / f"case{case}_{channel:04d}.nii.gz", body_volume(index=case))
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {str(c): modality for c in range(channels)}, "file_ending": ".nii.gz", "labels": {"background": 0}}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {str(c): modality for c in range(channels)}, "file_ending": ".nii.gz", "labels": {"background": 0}})
+    )
     return folder
 
 

@@ -8,7 +8,9 @@ from nnssl_ext.cli.common import parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
-    result = parser("nnssl_train", "Pretrain a backbone on the preprocessed cases of a dataset.", "nnssl_train 801 3d_fullres -tr MAETrainer -o epochs=100 lr=1e-3")
+    result = parser(
+        "nnssl_train", "Pretrain a backbone on the preprocessed cases of a dataset.", "nnssl_train 801 3d_fullres -tr MAETrainer -o epochs=100 lr=1e-3"
+    )
     result.add_argument("dataset", help="dataset ID or name")
     result.add_argument("configuration", help="configuration of the plan, such as 3d_fullres")
     result.add_argument("-tr", metavar="TRAINER", default="MAETrainer", help="method (default: %(default)s)")

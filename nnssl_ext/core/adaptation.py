@@ -64,7 +64,10 @@ class AdaptationPlan:
             },
             "pretrain_plan": {
                 "configurations": {
-                    self.configuration: {"spacing": None if self.spacing is None else [float(s) for s in self.spacing], "patch_size": [int(p) for p in self.patch_size]}
+                    self.configuration: {
+                        "spacing": None if self.spacing is None else [float(s) for s in self.spacing],
+                        "patch_size": [int(p) for p in self.patch_size],
+                    }
                 }
             },
             "pretrain_num_input_channels": int(self.channels),

@@ -145,7 +145,9 @@ class FolderLock:
         except (OSError, ValueError):
             owner = None
         if not isinstance(owner, dict):
-            raise UserError("the folder is locked, its lock is unreadable", self.path.parent, f"make sure that no process uses the folder, then delete {self.path}")
+            raise UserError(
+                "the folder is locked, its lock is unreadable", self.path.parent, f"make sure that no process uses the folder, then delete {self.path}"
+            )
         pid, host = owner.get("pid"), owner.get("host")
         if host == socket.gethostname() and isinstance(pid, int) and not _alive(pid):
             self.path.unlink(missing_ok=True)

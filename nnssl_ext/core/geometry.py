@@ -11,6 +11,11 @@ import numpy as np
 Box = tuple[tuple[int, int], ...]  # half-open voxel interval of each axis, in array order (z, y, x)
 
 
+def box_slices(box: Box) -> tuple[slice, ...]:
+    """Index of a box in an array (C, z, y, x): all channels, then one slice per axis."""
+    return (slice(None), *(slice(low, high) for low, high in box))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Geometry of an array in axis order (z, y, x); the world is SimpleITK's (x, y, z) in mm (LPS).

@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from nnssl_ext.core.errors import UserError, did_you_mean
 
 PLUGIN_VARIABLE = "nnssl_extPath"
+T = TypeVar("T")
 
 
-def find_class(name: str, base: type, package: str, with_base: bool = False) -> type:
+def find_class(name: str, base: type[T], package: str, with_base: bool = False) -> type[T]:
     """The subclass of `base` called `name` (`base` itself counts `with_base`).
 
     Looked for in the modules of `package` (dotted name) and then in every ``*.py`` below the folders that the
@@ -32,9 +34,9 @@ def find_class(name: str, base: type, package: str, with_base: bool = False) -> 
     return known[name]
 
 
-def all_classes(base: type, package: str) -> dict[str, type]:
+def all_classes(base: type[T], package: str) -> dict[str, type[T]]:
     """Every concrete subclass of `base` by name; built-ins win over plug-ins of the same name."""
-    found: dict[str, type] = {}
+    found: dict[str, type[T]] = {}
     for module in _modules(package):
         for name, member in inspect.getmembers(module, inspect.isclass):
             if issubclass(member, base) and member is not base and member.__module__ == module.__name__ and not name.startswith("_"):
@@ -66,5 +68,7 @@ def _load(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"a plug-in could not be imported: {type(error).__name__}: {error}", file, f"mend the file or take its folder out of ${PLUGIN_VARIABLE}") from error
+        raise UserError(
+            f"a plug-in could not be imported: {type(error).__name__}: {error}", file, f"mend the file or take its folder out of ${PLUGIN_VARIABLE}"
+        ) from error
     return module

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nnssl_ext.core.geometry import Box
+from nnssl_ext.core.geometry import Box, box_slices
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -50,7 +50,7 @@ def read_box(store: CaseStore, case: int, box: Box) -> np.ndarray:
         return crop
     padded = np.empty((len(crop), *(high - low for low, high in box)), np.float32)
     padded[:] = np.asarray(store.fill(case), np.float32)[:, None, None, None]
-    padded[(slice(None), *(slice(i - low, j - low) for (low, _), (i, j) in zip(box, inside)))] = crop
+    padded[box_slices(tuple((i - low, j - low) for (low, _), (i, j) in zip(box, inside)))] = crop
     return padded
 
 
@@ -58,7 +58,7 @@ def random_crop(store: CaseStore, case: int, size: Sequence[int], rng: np.random
     """A uniformly placed crop, each axis mirrored with probability 1/2."""
     box = random_box(store.shape(case), size, rng)
     flips = tuple(bool(f) for f in rng.integers(0, 2, 3))
-    image = np.flip(read_box(store, case, box), [axis + 1 for axis in range(3) if flips[axis]])
+    image = np.flip(read_box(store, case, box), tuple(axis + 1 for axis in range(3) if flips[axis]))
     return View(np.ascontiguousarray(image), box, (flips[0], flips[1], flips[2]))
 
 

@@ -82,7 +82,9 @@ class Demo:
             "nnUNetv2_predict", "-i", str(raw / "imagesTs"), "-o", str(out), "-d", str(self.labelled), "-c", "3d_fullres", "-f", "0", "-p", plans,
             "-tr", TRAINER, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
         )  # fmt: skip
-        self.call("nnUNetv2_evaluate_folder", str(raw / "labelsTs"), str(out), "-djfile", str(out / "dataset.json"), "-pfile", str(out / "plans.json"), "-np", "1")
+        self.call(
+            "nnUNetv2_evaluate_folder", str(raw / "labelsTs"), str(out), "-djfile", str(out / "dataset.json"), "-pfile", str(out / "plans.json"), "-np", "1"
+        )
         summary: dict[str, Any] = read_json(out / "summary.json")
         return summary
 
@@ -128,7 +130,12 @@ class Demo:
             chosen = [case for case in cases if modality in case["modalities"]]
             statistics = fingerprint["intensities"][modality]
             rows.append(
-                [modality, len(chosen), len({case["subject"] for case in chosen}), *(np.median([case[key] for case in chosen], axis=0).tolist() for key in ("shape", "spacing"))]
+                [
+                    modality,
+                    len(chosen),
+                    len({case["subject"] for case in chosen}),
+                    *(np.median([case[key] for case in chosen], axis=0).tolist() for key in ("shape", "spacing")),
+                ]
                 + [statistics["mean"], statistics["std"], statistics["percentile_00_5"], statistics["percentile_99_5"]]
             )
         header = ["modality", "volumes", "subjects", "median shape, voxels", "median spacing, mm", "mean", "std", "0.5 %", "99.5 %"]
@@ -191,14 +198,18 @@ def _pretraining(run: Path) -> Section:
     section = Section("Pretraining")
     settings = read_json(run / "run.json")
     section.text(
-        f"{settings['trainer']} on {settings['family']}: {settings['cases']['train']} volumes for training, {settings['cases']['validation']} of other subjects for validation."
+        f"{settings['trainer']} on {settings['family']}: {settings['cases']['train']} volumes for training, "
+        f"{settings['cases']['validation']} of other subjects for validation."
     )
     section.image(run / "progress.png", "Loss, learning rate and throughput over the epochs.")
     pictures = sorted((run / "pictures").glob("*.png"))
     section.image(pictures[0], "Crop, visible part and reconstruction after the first epoch (three orthogonal slices each).")
     section.image(pictures[-1], "The same after the last epoch.")
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    section.table(["", "first epoch", "last epoch"], [[key, metrics[0].get(key, float("nan")), metrics[-1].get(key, float("nan"))] for key in ("train/total", "val/total")])
+    section.table(
+        ["", "first epoch", "last epoch"],
+        [[key, metrics[0].get(key, float("nan")), metrics[-1].get(key, float("nan"))] for key in ("train/total", "val/total")],
+    )
     return section
 
 

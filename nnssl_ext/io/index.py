@@ -53,7 +53,9 @@ def read_index(folder: Path) -> list[Case]:
     elif (folder / "dataset.json").is_file():
         cases = _from_nnunet(folder)
     else:
-        raise UserError("the dataset folder holds neither pretrain_data.json nor dataset.json", folder, "add one; see the folder reference in the documentation")
+        raise UserError(
+            "the dataset folder holds neither pretrain_data.json nor dataset.json", folder, "add one; see the folder reference in the documentation"
+        )
     if not cases:
         raise UserError("the dataset holds no image", folder, "check its index and its imagesTr folder")
     _check(cases, folder)
@@ -77,7 +79,9 @@ def _from_nnunet(folder: Path) -> list[Case]:
     for case, files in channels.items():
         if set(files) != set(modalities):
             have, want = sorted(files), sorted(modalities)
-            raise UserError(f"case {case} has channels {have}, dataset.json names {want}", next(iter(files.values())), "add the missing files or take the case out")
+            raise UserError(
+                f"case {case} has channels {have}, dataset.json names {want}", next(iter(files.values())), "add the missing files or take the case out"
+            )
     return [Case(case, case, "1", tuple(files[i] for i in sorted(files)), tuple(modalities[i] for i in sorted(files))) for case, files in channels.items()]
 
 
@@ -93,7 +97,9 @@ def _from_pretrain_data(file: Path) -> list[Case]:
                         path = _resolve(image["image_path"], file)
                         cases.append(Case(_identifier(parts), f"{dataset_id}/{subject_id}", str(session_id), (path,), (str(image["modality"]),)))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"pretrain_data.json is malformed: {type(error).__name__} {error}", file, "compare it with the schema in the folder reference") from None
+        raise UserError(
+            f"pretrain_data.json is malformed: {type(error).__name__} {error}", file, "compare it with the schema in the folder reference"
+        ) from None
     return cases
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -92,7 +93,8 @@ def _check_nifti(path: Path) -> None:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         kind = nibabel.Nifti2Image if int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540 else nibabel.Nifti1Image
-        values = kind.from_bytes(content).dataobj.get_unscaled()
+        stored: Any = kind.from_bytes(content).dataobj
+        values = stored.get_unscaled()
     except (EOFError, OSError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise UserError(f"the image is truncated or damaged: {_reason(error)}", path, _WHOLE) from None
     if values.dtype.kind == "f":

@@ -43,7 +43,9 @@ class Planner:
         self.fingerprint, self.memory_gb = fingerprint, memory_gb
         self.cases = list(fingerprint["cases"].values())
         if not self.cases:
-            raise UserError("the fingerprint holds no readable case", fingerprint.get("dataset_name", ""), "see its 'failed' list, mend the files, extract it again")
+            raise UserError(
+                "the fingerprint holds no readable case", fingerprint.get("dataset_name", ""), "see its 'failed' list, mend the files, extract it again"
+            )
         self.spacings = np.array([case["spacing"] for case in self.cases], float)
         self.shapes = np.array([case["shape_after_crop"] for case in self.cases], float)
         self.decisions: list[str] = []
@@ -126,9 +128,9 @@ class Planner:
         return tuple(int(p) for p in patch)
 
     def _configuration(self, name: str, spacing: Vector | None, plans_name: str, normalization: dict[str, Normalization]) -> ConfigPlan:
-        mm = np.median(self.spacings, axis=0) if spacing is None else np.asarray(spacing, float)
+        mm = tuple(float(s) for s in (np.median(self.spacings, axis=0) if spacing is None else spacing))
         shapes = self.shapes if spacing is None else np.array([resampled_shape(s, old, mm) for s, old in zip(self.shapes.astype(int), self.spacings)])
-        median_shape = np.maximum(1, np.round(np.median(shapes, axis=0))).astype(int)
+        median_shape = np.maximum(1, np.round(np.median(shapes, axis=0))).astype(int).tolist()
         patch = self.patch_size(mm, median_shape)
         batch_limit = max(2, min(self._limit(2), len(self.cases)))
         networks = {family: self._network(family, mm, patch, batch_limit) for family in self.families}
@@ -138,15 +140,15 @@ class Planner:
             self.decisions.append(f"{name}: {family} {network.size}, batch {network.batch_size}, about {network.memory_gb:.2f} of {self.memory_gb:g} GB")
         return ConfigPlan(
             data_identifier=f"{plans_name}_{name}",
-            spacing=None if spacing is None else (float(mm[0]), float(mm[1]), float(mm[2])),
+            spacing=None if spacing is None else (mm[0], mm[1], mm[2]),
             patch_size=(patch[0], patch[1], patch[2]),
-            median_shape=(int(median_shape[0]), int(median_shape[1]), int(median_shape[2])),
+            median_shape=(median_shape[0], median_shape[1], median_shape[2]),
             normalization=normalization,
             resampling={"order": 3, "order_z": 0, "force_separate_z": None},
             networks=networks,
         )
 
-    def _network(self, family: str, spacing: np.ndarray, patch: Sequence[int], batch_limit: int) -> NetworkPlan:
+    def _network(self, family: str, spacing: Sequence[float], patch: Sequence[int], batch_limit: int) -> NetworkPlan:
         """The family's largest size that trains two samples within the memory target; the smallest when none does."""
         allowed = [size for at_least, size in self.sizes[family] if self.memory_gb >= at_least]
         for size in reversed(allowed):

@@ -38,4 +38,6 @@ def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, targ
     per_sample = (tokens * width * depth * BYTES_PER_TOKEN_CHANNEL + np.prod(patch_size) * 64) / 1e9
     batch = int(min(max_batch, max(1, (target_gb - fixed) // per_sample)))
     kwargs: dict[str, Any] = {**preset, "patch_embed_size": list(token), "drop_path_rate": 0.2, "init_values": 0.1, "scale_attn_inner": True}
-    return NetworkPlan(size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, max(0.001, round(float(fixed + batch * per_sample), 3)))
+    return NetworkPlan(
+        size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, max(0.001, round(float(fixed + batch * per_sample), 3))
+    )

@@ -98,4 +98,6 @@ def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, targ
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
     }
-    return NetworkPlan(size, "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", kwargs, _IMPORTS, batch, max(0.001, round(fixed + batch * per_sample, 3)))
+    return NetworkPlan(
+        size, "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", kwargs, _IMPORTS, batch, max(0.001, round(fixed + batch * per_sample, 3))
+    )

@@ -12,7 +12,7 @@ import numpy as np
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock, sha256_json
-from nnssl_ext.core.geometry import resampled_shape
+from nnssl_ext.core.geometry import box_slices, resampled_shape
 from nnssl_ext.core.paths import preprocessed_folder, raw_folder
 from nnssl_ext.core.plan import ConfigPlan, Normalization, Plan
 from nnssl_ext.io.index import Case, read_index
@@ -39,8 +39,8 @@ class Preprocessor:
         array, raw = read_case(case)
         body = np.any([body_mask(channel, modality) for channel, modality in zip(array, case.modalities)], axis=0)
         box = bounding_box(body)
-        inside = tuple(slice(low, high) for low, high in box)
-        array, body, geometry = array[(slice(None), *inside)], body[inside], raw.cropped(box)
+        inside = box_slices(box)
+        array, body, geometry = array[inside], body[inside[1:]], raw.cropped(box)
         normalized, applied, fill = [], [], []
         for channel, modality in zip(array, case.modalities):
             plan = self._normalization(modality)

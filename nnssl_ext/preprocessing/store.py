@@ -12,7 +12,7 @@ import numpy as np
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path, read_json, sha256_file, sha256_json, write_json
-from nnssl_ext.core.geometry import Box, Geometry
+from nnssl_ext.core.geometry import Box, Geometry, box_slices
 
 SCHEMA_VERSION = 1
 _OPEN_FILES = 64
@@ -73,7 +73,9 @@ class CaseStore:
         self._info = [read_json(file) for file in files]
         for file, info in zip(files, self._info):
             if info.get("schema_version") != SCHEMA_VERSION:
-                raise UserError(f"case of schema version {info.get('schema_version')}, this version reads {SCHEMA_VERSION}", file, "delete the folder and preprocess again")
+                raise UserError(
+                    f"case of schema version {info.get('schema_version')}, this version reads {SCHEMA_VERSION}", file, "delete the folder and preprocess again"
+                )
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -109,8 +111,7 @@ class CaseStore:
         """
         try:
             array = self._array(case)
-            slices = (slice(None),) * 4 if box is None else (slice(None), *(slice(low, high) for low, high in box))
-            crop: np.ndarray = array[slices]
+            crop: np.ndarray = array[...] if box is None else array[box_slices(box)]
             return crop
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"a stored case can't be read: {error}", self._file(case), "delete it and its .json, then preprocess again") from None
@@ -122,7 +123,9 @@ class CaseStore:
             UserError: they differ.
         """
         if sha256_file(self._file(case)) != self._info[case]["sha256"]:
-            raise UserError("a stored case is damaged: its hash differs from the recorded one", self._file(case), "delete it and its .json, then preprocess again")
+            raise UserError(
+                "a stored case is damaged: its hash differs from the recorded one", self._file(case), "delete it and its .json, then preprocess again"
+            )
 
     def data_hash(self) -> str:
         """One hash for all cases."""

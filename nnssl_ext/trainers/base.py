@@ -75,6 +75,8 @@ class SSLTrainer:
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"pyramid"}),)  # the backbone must support one of these sets
     trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is worth transferring
     citation: ClassVar[str] = ""
+    config: Any  # the method's own Config
+    model: Any  # what its `build` returned
 
     def __init__(
         self, plan: Plan, configuration: str, config: Config, store: CaseStore, folder: Path | str, *, family: str | None = None, device: str = "cpu"
@@ -91,8 +93,6 @@ class SSLTrainer:
         self.rank, self.ranks = distributed.rank(), distributed.ranks()
         self.best = math.inf
         self.workers = config.workers if config.workers is not None else 1 if device == "cpu" else min(8, os.cpu_count() or 1)
-
-    # ---- what a method writes -----------------------------------------------------------------------------------
 
     def views(self) -> ViewSpec:
         """What the loader prepares for each sample."""
@@ -121,8 +121,6 @@ class SSLTrainer:
         """The backbone whose weights a checkpoint hands over (self-distillation: the teacher's)."""
         return self.backbone
 
-    # ---- what is written once -----------------------------------------------------------------------------------
-
     def initialize(self) -> None:
         """Build data, model and optimiser; deterministic for a seed."""
         subjects = [self.store.subject(i) for i in range(len(self.store))]
@@ -134,7 +132,8 @@ class SSLTrainer:
         if self.ranks > 1:
             self.parallel = DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(self.param_groups(self.model), self.recipe)
-        self.next_step, self.sums = 0, {}
+        self.next_step = 0
+        self.sums: dict[str, float] = {}
 
     def fit(self, resume: bool = False, stop_at: int | None = None) -> None:
         """Train to the end, or up to (not including) step `stop_at`; checkpoint_latest then continues exactly there.
@@ -160,7 +159,8 @@ class SSLTrainer:
 
     def _loop(self, stack: ExitStack, stop: int) -> None:
         start, iterations = self.next_step, self.config.iterations
-        self._describe()
+        if self.rank == 0:
+            self._describe()
         log = RunLog(self.folder, start // iterations, quiet=self.rank > 0)
         bar = stack.enter_context(Bar(self.total_steps, start, quiet=self.rank > 0))
         loader = batches(self._dataset(self.train_cases, "train"), start, stop, self.workers, pin=self.device.type == "cuda")
@@ -194,11 +194,8 @@ class SSLTrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(values["total"]) or not bool(torch.isfinite(norm)):
-            raise UserError(
-                f"loss ({values['total']:g}) or gradient norm ({float(norm):g}) is not finite at step {step}",
-                self.folder,
-                f"lower the learning rate (now {rate:g}) or continue the last good checkpoint with --c",
-            )
+            what = f"loss ({values['total']:g}) or gradient norm ({float(norm):g}) is not finite at step {step}"
+            raise UserError(what, self.folder, f"lower the learning rate (now {rate:g}) or continue the last good checkpoint with --c")
         self.optimizer.step()
         self.after_update(step)
         return values
@@ -296,8 +293,8 @@ class SSLTrainer:
             draw_volumes(rows, self.folder / "pictures" / f"epoch_{epoch + 1:04d}.png", f"{type(self).__name__}, epoch {epoch + 1}")
 
     def _describe(self) -> None:
-        if self.rank == 0:
-            content = {"trainer": type(self).__name__, "family": self.family, "configuration": self.configuration, "dataset": self.plan.dataset_name}
-            content |= {"plans": self.plan.plans_name, "config": as_plain(self.config), "recipe": dataclasses.asdict(self.recipe)}
-            content |= {"batch_size": self.batch_size, "processes": self.ranks, "cases": {"train": len(self.train_cases), "validation": len(self.val_cases)}}
-            write_json(self.folder / "run.json", content | {"data_hash": self.store.data_hash(), "fingerprint_sha256": self.plan.fingerprint_sha256})
+        names = {"trainer": type(self).__name__, "family": self.family, "configuration": self.configuration, "dataset": self.plan.dataset_name}
+        names |= {"plans": self.plan.plans_name, "data_hash": self.store.data_hash(), "fingerprint_sha256": self.plan.fingerprint_sha256}
+        cases = {"train": len(self.train_cases), "validation": len(self.val_cases)}
+        settings = {"config": as_plain(self.config), "recipe": dataclasses.asdict(self.recipe), "batch_size": self.batch_size, "processes": self.ranks}
+        write_json(self.folder / "run.json", names | settings | {"cases": cases})

@@ -46,7 +46,6 @@ def make_trainer(run: Run) -> SSLTrainer:
         raise UserError(f"dataset {name} has no plans '{run.plans}'", file, f"nnssl_plan_and_preprocess -d {run.dataset}")
     plan = Plan.load(file)
     cls = find_class(run.trainer, SSLTrainer, "nnssl_ext.trainers")
-    assert issubclass(cls, SSLTrainer)
     config = cls.Config(**parse_overrides(cls.Config, run.overrides))
     family = run.family or cls.default_family
     plan.configuration(run.configuration).network(family)

@@ -49,7 +49,8 @@ def choose_recipe(family: str, config: Any) -> Recipe:
 
 def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list[dict]:
     """Every trainable parameter in exactly one group; with `spare`, vectors and embeddings get no weight decay."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (spared if spare and (parameter.ndim < 2 or name.endswith(("pos_embed", "mask_token"))) else decayed).append(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from nnssl_ext.core.files import atomic_path
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def draw_volumes(rows: list[Mapping[str, np.ndarray]], path: Path, title: str = "") -> None:
+def draw_volumes(rows: Sequence[Mapping[str, np.ndarray]], path: Path, title: str = "") -> None:
     """One row per sample, for each named volume (z, y, x) its three middle slices; all of a row on one grey scale.
 
     Args:

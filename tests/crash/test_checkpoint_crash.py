@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from nnssl_ext.core.errors import UserError
 from nnssl_ext.core import files
+from nnssl_ext.core.errors import UserError
 from nnssl_ext.trainers.checkpoint import load_checkpoint, save_checkpoint
 
 TRIALS = 60

@@ -44,7 +44,9 @@ def test_raw_volumes_become_normalised_cases(folders):
     expected = (np.clip(raw[body], statistics["low"], statistics["high"]) - statistics["mean"]) / statistics["std"]
     inside = tuple(slice(a, b) for a, b in store.info(1)["body_box"])
     assert np.allclose(store.read(1)[0][body[inside]], expected, atol=1e-5)  # the median spacing is the cases' own: nothing is resampled
-    assert store.geometry(1).to_world((0, 0, 0)) == pytest.approx(np.array([10, -20, 30]) + np.array([b[0] for b in store.info(1)["body_box"]])[::-1] * [2, 2, 3])
+    assert store.geometry(1).to_world((0, 0, 0)) == pytest.approx(
+        np.array([10, -20, 30]) + np.array([b[0] for b in store.info(1)["body_box"]])[::-1] * [2, 2, 3]
+    )
 
 
 def test_all_configurations_share_the_world(folders):

@@ -35,7 +35,7 @@ class Backbone(nn.Module):
 
     family: ClassVar[str]
     supports: ClassVar[frozenset[str]]
-    net: nn.Module
+    net: Any
     strides: tuple[tuple[int, ...], ...]
     widths: tuple[int, ...]
 

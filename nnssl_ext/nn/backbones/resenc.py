@@ -35,7 +35,7 @@ class ResEncBackbone(Backbone):
         return maps
 
     def decode(self, maps: list[Tensor]) -> Tensor:
-        decoder: Any = self.net.decoder
+        decoder = self.net.decoder
         features = maps[-1]
         for upsample, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(maps[:-1])):
             features = stage(torch.cat((upsample(features), skip), 1))

@@ -8,7 +8,9 @@ from nnssl_ext.data.masking import MaskedCrop, block_grid, mask_block, random_bl
 from tests.make_data import ArrayStore
 
 
-@pytest.mark.parametrize(("grid", "ratio", "hidden"), [((4, 4, 4), 0.75, 48), ((2, 3, 4), 0.75, 18), ((2, 1, 1), 0.75, 1), ((1, 1, 3), 0.01, 1), ((2, 2, 2), 0.999, 7)])
+@pytest.mark.parametrize(
+    ("grid", "ratio", "hidden"), [((4, 4, 4), 0.75, 48), ((2, 3, 4), 0.75, 18), ((2, 1, 1), 0.75, 1), ((1, 1, 3), 0.01, 1), ((2, 2, 2), 0.999, 7)]
+)
 def test_the_share_of_hidden_blocks_is_exact_and_never_all_or_none(grid, ratio, hidden):
     for i in range(20):
         mask = random_blocks(grid, ratio, sample_rng(0, i))

@@ -7,7 +7,7 @@ import pytest
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.io.index import read_index
-from tests.make_raw import nnunet_dataset, pretrain_dataset, write_image, body_volume
+from tests.make_raw import body_volume, nnunet_dataset, pretrain_dataset, write_image
 
 
 def fails(folder, message):

@@ -34,7 +34,9 @@ def test_the_decoders_features_give_the_librarys_output(image):
 def test_maps_have_the_declared_strides_and_widths(family, image):
     backbone = build(family)
     maps = backbone.pyramid(image)
-    assert [tuple(m.shape[1:]) for m in maps] == [(w, *(p // s for p, s in zip(CONFIG.patch_size, stride))) for w, stride in zip(backbone.widths, backbone.strides)]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (w, *(p // s for p, s in zip(CONFIG.patch_size, stride))) for w, stride in zip(backbone.widths, backbone.strides)
+    ]
     assert backbone.pooled(image).shape == (2, backbone.widths[-1])
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.plan import Plan, check
+from nnssl_ext.nn.backbones.base import resolve
 from nnssl_ext.planners import planner as planner_module
 from nnssl_ext.planners import primus, resenc
 from nnssl_ext.planners.planner import Planner
-from nnssl_ext.nn.backbones.base import resolve
 from tests.make_data import make_fingerprint, make_plan
 
 AXES = st.tuples(*[st.integers(1, 2048)] * 3)

@@ -15,7 +15,13 @@ def store(tmp_path):
     folder = tmp_path / "Dataset801_Test" / "nnsslPlans_3d_fullres"
     for i in range(3):
         array = np.random.default_rng(i).normal(size=(2, 30 + i, 40, 50)).astype(np.float32)
-        info = {"subject": f"s{i}", "stored": Geometry(array.shape[1:], (3.0, 2.0, 1.0)).as_dict(), "fill": [-1.0, 0.5], "settings_sha256": "x", "source": [["a", 1, 2]]}
+        info = {
+            "subject": f"s{i}",
+            "stored": Geometry(array.shape[1:], (3.0, 2.0, 1.0)).as_dict(),
+            "fill": [-1.0, 0.5],
+            "settings_sha256": "x",
+            "source": [["a", 1, 2]],
+        }
         write_case(folder, f"case{i}", array, info, (16, 16, 16))
     return CaseStore(folder)
 
@@ -59,7 +65,7 @@ def test_a_missing_array_is_named(store):
 def test_the_data_hash_changes_with_any_case(store, tmp_path):
     before = store.data_hash()
     assert CaseStore(store.folder).data_hash() == before
-    write_case(store.folder, "case1", original(1) + 1, {k: v for k, v in store.info(1).items()}, (16, 16, 16))
+    write_case(store.folder, "case1", original(1) + 1, store.info(1), (16, 16, 16))
     assert CaseStore(store.folder).data_hash() != before
 
 

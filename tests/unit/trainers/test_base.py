@@ -41,7 +41,15 @@ def test_resuming_at_a_step_equals_the_uninterrupted_run_bit_for_bit(family, ste
 
 def test_a_run_leaves_checkpoints_curves_pictures_and_its_settings(tmp_path):
     trainer(tmp_path).fit()
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint_best.pth", "checkpoint_final.pth", "checkpoint_latest.pth", "metrics.jsonl", "progress.png", "pictures", "run.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint_best.pth",
+        "checkpoint_final.pth",
+        "checkpoint_latest.pth",
+        "metrics.jsonl",
+        "progress.png",
+        "pictures",
+        "run.json",
+    }
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     settings = json.loads((tmp_path / "run.json").read_text())
     assert settings["recipe"]["lr"] == 3e-4 and settings["cases"] == {"train": 7, "validation": 1}

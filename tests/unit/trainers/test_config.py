@@ -26,7 +26,13 @@ def test_values_are_converted_to_the_types_of_the_fields():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("epoch=3", "did you mean 'epochs'"), ("epochs=3.5", "not a valid int"), ("lr=fast", "not a valid float"), ("flip=maybe", "not a valid bool"), ("epochs", "not of the form")],
+    [
+        ("epoch=3", "did you mean 'epochs'"),
+        ("epochs=3.5", "not a valid int"),
+        ("lr=fast", "not a valid float"),
+        ("flip=maybe", "not a valid bool"),
+        ("epochs", "not of the form"),
+    ],
 )
 def test_mistakes_are_named(text, message):
     with pytest.raises(UserError) as error:
