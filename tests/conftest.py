@@ -18,9 +18,9 @@ torch.set_num_threads(THREADS)
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test sees the user's nnssl_* and nnUNet_* variables."""
+    """No test sees the user's nnssl_* and nnUNet_* variables; only the cache of downloads is shared."""
     for variable in list(os.environ):
-        if variable.lower().startswith(("nnssl_", "nnunet_")):
+        if variable.lower().startswith(("nnssl_", "nnunet_")) and variable != "nnssl_cache":
             monkeypatch.delenv(variable)
     yield
 
