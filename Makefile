@@ -37,7 +37,7 @@ $(TOOLS)/uv/bin/uv:
 	|| { rm -rf $(TOOLS)/uv; $(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(TOOLS)/uv uv </dev/null; }
 
 demo: setup   ## phantoms -> preprocessing -> pretraining -> fine-tuning with nnU-Net, in the folder demo/
-	@$(BIN)/nnssl_demo
+	@PATH="$$PATH:$(dir $(UV))" $(BIN)/nnssl_demo   # the demo fetches its scans with pip or uv
 
 test: setup   ## the default tests
 	@$(TESTS)
