@@ -1,0 +1,68 @@
+"""`nnssl_export`: an nnU-Net plan and a weights file for a downstream dataset."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnssl_ext.cli import common
+
+if TYPE_CHECKING:
+    from nnssl_ext.finetuning.commands import Handoff
+
+
+def add_handoff_options(arguments: argparse.ArgumentParser) -> None:
+    """Options that `nnssl_export` and `nnssl_finetune` share."""
+    arguments.add_argument("-ckpt", required=True, type=Path, help="checkpoint of nnssl_train")
+    arguments.add_argument("-d", required=True, metavar="ID", help="downstream dataset in $nnUNet_raw: ID or name")
+    arguments.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="nnU-Net configuration to write (default: %(default)s)")
+    arguments.add_argument("-out", type=Path, metavar="FOLDER", help="folder of the weights file (default: beside the plan in $nnUNet_preprocessed)")
+    arguments.add_argument("-spacing", choices=("like_pretrained", "own"), default="like_pretrained", help="spacing of the plan (default: %(default)s)")
+    arguments.add_argument("-patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: the pretraining's)")
+    arguments.add_argument("-batch_size", type=int, metavar="N", help="default: the pretraining's, at least 2")
+    arguments.add_argument("-np", type=int, default=4, metavar="N", help="worker processes of nnU-Net (default: %(default)s)")
+
+
+def hand_off(options: argparse.Namespace, trainer: str | None) -> Handoff:
+    """Plan and weights as the shared options say; without `trainer` our own for the backbone family."""
+    from nnssl_ext.finetuning import commands
+    from nnssl_ext.finetuning.plans import PlanOptions
+    from nnssl_ext.finetuning.pretrained import Pretrained
+    from nnssl_ext.finetuning.trainers import DEFAULT_TRAINERS
+
+    dataset = commands.downstream_dataset(options.d)
+    pretrained = Pretrained.load(options.ckpt)
+    patch_size = None if options.patch_size is None else tuple(options.patch_size)
+    chosen = PlanOptions(options.c, options.spacing, patch_size, options.batch_size)
+    handoff = commands.hand_off(pretrained, dataset, chosen, trainer or DEFAULT_TRAINERS[pretrained.family], options.out, options.np)
+    print(f"plan:    {handoff.plans}\nweights: {handoff.weights}\n{handoff.report}")
+    return handoff
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _main(options: argparse.Namespace) -> None:
+    handoff = hand_off(options, options.tr)
+    from nnssl_ext.finetuning.commands import Machine, next_commands
+
+    print("\nnext:\n" + next_commands(handoff, Machine(default_device(), processes=options.np)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = common.parser(
+        "nnssl_export", "Write the nnU-Net plan and the weights with which nnU-Net fine-tunes a checkpoint.", "nnssl_export -ckpt checkpoint_final.pth -d 901"
+    )
+    add_handoff_options(arguments)
+    arguments.add_argument("-tr", default="nnUNetTrainer", metavar="TRAINER", help="nnU-Net trainer that will take the weights (default: %(default)s)")
+    return common.run(arguments, _main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

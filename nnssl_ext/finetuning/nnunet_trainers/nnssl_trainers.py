@@ -1,0 +1,19 @@
+"""nnU-Net imports every module of this folder when the environment variable ``nnUNet_extTrainer`` names it."""
+
+from nnssl_ext.finetuning.trainers import (
+    nnsslPrimusTrainer,
+    nnsslPrimusTrainer_150ep,
+    nnsslPrimusTrainer_short,
+    nnsslResEncTrainer,
+    nnsslResEncTrainer_150ep,
+    nnsslResEncTrainer_short,
+)
+
+__all__ = [
+    "nnsslPrimusTrainer",
+    "nnsslPrimusTrainer_150ep",
+    "nnsslPrimusTrainer_short",
+    "nnsslResEncTrainer",
+    "nnsslResEncTrainer_150ep",
+    "nnsslResEncTrainer_short",
+]

@@ -1,0 +1,171 @@
+"""nnU-Net plans with a pretrained topology: `$nnUNet_preprocessed/DatasetXXX_NAME/nnssl_METHOD_HASH8.json`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.files import read_json, sha256_json, write_json
+from nnssl_ext.core.paths import root
+from nnssl_ext.finetuning.networks import FULL_RESOLUTION_STRIDES, PlannedPrimus
+from nnssl_ext.finetuning.pretrained import Pretrained
+
+LIKE_PRETRAINED, OWN = "like_pretrained", "own"
+_OWN_SPACING = ("noresample", "median")  # pretraining configurations without a spacing of their own: nnU-Net needs one, the dataset decides
+_MIN_BATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a user may choose about the nnU-Net plan.
+
+    Args:
+        configuration: name of nnU-Net's configuration, such as "3d_fullres".
+        spacing: "like_pretrained" or "own" (nnU-Net's choice for the dataset).
+        patch_size: voxels, (z, y, x); None takes the pretraining's.
+        batch_size: None takes the pretraining's, at least 2.
+    """
+
+    configuration: str = "3d_fullres"
+    spacing: str = LIKE_PRETRAINED
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+
+
+def plans_name(pretrained: Pretrained, options: PlanOptions) -> str:
+    """`nnssl_METHOD_HASH8`: the same for the same checkpoint and options, another one for any other."""
+    chosen = [options.configuration, options.spacing, None if options.patch_size is None else list(options.patch_size), options.batch_size]
+    return f"nnssl_{pretrained.method}_{sha256_json([pretrained.identity, chosen])[:8]}"
+
+
+def write_plans(pretrained: Pretrained, dataset: str, options: PlanOptions) -> Path:
+    """Write the plan of a checkpoint for a downstream dataset; nnU-Net's fingerprint of it must exist.
+
+    Args:
+        pretrained: the checkpoint.
+        dataset: `DatasetXXX_NAME` in `$nnUNet_raw`.
+        options: what the user chose.
+
+    Returns:
+        the plans file; `dataset.json` lies beside it, as nnU-Net expects.
+
+    Raises:
+        UserError: no fingerprint, a patch size that the network cannot take, a 2D configuration.
+    """
+    folder, raw = root("nnUNet_preprocessed") / dataset, root("nnUNet_raw") / dataset
+    if not (folder / "dataset_fingerprint.json").is_file():
+        raise UserError("the dataset has no nnU-Net fingerprint", folder, f"nnUNetv2_extract_fingerprint -d {dataset_number(dataset)}")
+    if options.configuration.startswith("2d"):
+        raise UserError("a 3D network was pretrained; nnU-Net's 2d configuration can't use it", "option -c", "use -c 3d_fullres")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {options.batch_size}", "option -batch_size")
+    pretrained.check_patch_size(options.patch_size or pretrained.config.patch_size)
+    planner = ExperimentPlanner(dataset, plans_name=plans_name(pretrained, options))
+    content = _plans(planner, pretrained, options)
+    recursive_fix_for_json_export(content)
+    shutil.copy(raw / "dataset.json", folder / "dataset.json")
+    path = folder / f"{planner.plans_identifier}.json"
+    write_json(path, content)
+    return path
+
+
+def dataset_number(dataset: str) -> int:
+    """901 for "Dataset901_NAME"."""
+    return int(dataset.removeprefix("Dataset").partition("_")[0])
+
+
+def is_preprocessed(plans: Path, configuration: str) -> bool:
+    """Whether every training case lies preprocessed in the folder that the plan names (it is shared between plans)."""
+    content = read_json(plans)
+    folder = plans.parent / content["configurations"][configuration]["data_identifier"]
+    raw = root("nnUNet_raw") / content["dataset_name"]
+    description = read_json(raw / "dataset.json")
+    labels = plans.parent / "gt_segmentations"
+    ending: str = description["file_ending"]
+    cases = list(description["dataset"]) if "dataset" in description else [f.name.removesuffix(ending) for f in (raw / "labelsTr").glob(f"*{ending}")]
+    return bool(cases) and all((folder / f"{case}.pkl").is_file() and (labels / f"{case}{ending}").is_file() for case in cases)
+
+
+def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOptions) -> dict[str, Any]:
+    fingerprint = planner.dataset_fingerprint
+    spacings, shapes = np.array(fingerprint["spacings"]), np.array(fingerprint["shapes_after_crop"])
+    schemes, use_mask = planner.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+    intensities = {str(key): dict(value) for key, value in fingerprint["foreground_intensity_properties_per_channel"].items()}
+    for index, (name, scheme) in enumerate(zip(_channel_names(planner.dataset_json), schemes, strict=True)):
+        if scheme == "CTNormalization":
+            intensities[str(index)].update(_ct_statistics(pretrained, name))
+    spacing = _spacing(planner, pretrained, options.spacing)
+    data, data_kwargs, labels, labels_kwargs = planner.determine_resampling()
+    probabilities, probabilities_kwargs = planner.determine_segmentation_softmax_export_fn()
+    reader = planner.determine_reader_writer().__name__
+    ct = {index: intensities[str(index)] for index, scheme in enumerate(schemes) if scheme == "CTNormalization"}
+    preprocessing = [spacing, schemes, use_mask, ct, data.__name__, data_kwargs, labels.__name__, labels_kwargs, planner.preprocessor_name, reader]
+    configuration = {
+        "data_identifier": f"nnssl_{sha256_json(preprocessing)[:8]}",
+        "preprocessor_name": planner.preprocessor_name,
+        "batch_size": options.batch_size or max(_MIN_BATCH_SIZE, pretrained.network.batch_size),
+        "patch_size": list(options.patch_size or pretrained.config.patch_size),
+        "median_image_size_in_voxels": np.median([compute_new_shape(s, old, spacing) for s, old in zip(shapes, spacings, strict=True)], axis=0),
+        "spacing": spacing,
+        "normalization_schemes": schemes,
+        "use_mask_for_norm": use_mask,
+        "resampling_fn_data": data.__name__,
+        "resampling_fn_seg": labels.__name__,
+        "resampling_fn_data_kwargs": data_kwargs,
+        "resampling_fn_seg_kwargs": labels_kwargs,
+        "resampling_fn_probabilities": probabilities.__name__,
+        "resampling_fn_probabilities_kwargs": probabilities_kwargs,
+        "architecture": _architecture(pretrained, options.patch_size or pretrained.config.patch_size),
+        "batch_dice": False,
+    }
+    return {
+        "dataset_name": planner.dataset_name,
+        "plans_name": planner.plans_identifier,
+        "original_median_spacing_after_transp": [float(s) for s in np.median(spacings, axis=0)],
+        "original_median_shape_after_transp": [int(round(s)) for s in np.median(shapes, axis=0)],
+        "image_reader_writer": reader,
+        "transpose_forward": [0, 1, 2],  # pretraining does not transpose
+        "transpose_backward": [0, 1, 2],
+        "configurations": {options.configuration: configuration},
+        "experiment_planner_used": type(planner).__name__,
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": intensities,
+        "nnssl_pretraining": {key: getattr(pretrained, key) for key in ("method", "family", "configuration", "identity")},
+    }
+
+
+def _spacing(planner: ExperimentPlanner, pretrained: Pretrained, policy: str) -> list[float]:
+    if policy == OWN or pretrained.config.spacing is None or pretrained.configuration in _OWN_SPACING:
+        return [float(s) for s in planner.determine_fullres_target_spacing()]
+    return [float(s) for s in pretrained.config.spacing]
+
+
+def _channel_names(dataset_json: dict[str, Any]) -> list[str]:
+    names = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+    return [str(name) for name in names.values()]  # nnU-Net pairs channels with schemes in this order, too
+
+
+def _ct_statistics(pretrained: Pretrained, channel: str) -> dict[str, float]:
+    """Statistics of the pretraining's CT images under nnU-Net's names; empty when it saw no CT."""
+    ct = {modality.casefold(): n for modality, n in pretrained.config.normalization.items() if n.scheme == "ct"}
+    if not ct:
+        return {}
+    chosen = ct.get(channel.casefold(), next(iter(ct.values())))
+    return {"mean": chosen.mean, "std": chosen.std, "percentile_00_5": chosen.low, "percentile_99_5": chosen.high}
+
+
+def _architecture(pretrained: Pretrained, patch_size: Sequence[int]) -> dict[str, Any]:
+    name, kwargs = pretrained.network.class_name, dict(pretrained.network.kwargs)
+    if name.rsplit(".", 1)[-1] == "Primus":
+        name = f"{PlannedPrimus.__module__}.{PlannedPrimus.__name__}"
+        kwargs.update(input_shape=list(patch_size), strides=[list(stride) for stride in FULL_RESOLUTION_STRIDES])
+    return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": list(pretrained.network.imports)}

@@ -1,0 +1,97 @@
+"""Fine-tuning schedules as nnU-Net trainers: a linear warm-up with a learning rate below that of training from scratch.
+
+nnU-Net finds them through the environment variable ``nnUNet_extTrainer`` (folder `nnunet_trainers`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
+
+from nnssl_ext.core.errors import UserError
+
+CUDA = torch.device("cuda")
+EPOCHS_VARIABLE, ITERATIONS_VARIABLE = "nnssl_finetune_epochs", "nnssl_finetune_iterations"
+
+
+class _Schedule(nnUNetTrainer_warmup):
+    """Linear warm-up over `warm_up` epochs to `learning_rate`, then polynomial decay.
+
+    Attributes:
+        epochs: including the warm-up.
+        warm_up: epochs.
+        learning_rate: at the end of the warm-up.
+    """
+
+    epochs: ClassVar[int] = 1000
+    warm_up: ClassVar[int] = 50
+    learning_rate: ClassVar[float]
+
+    def __init__(self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any], device: torch.device = CUDA) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)  # nnU-Net reads the parameters' names: they must stay as they are
+        self.num_epochs, self.warmup_duration_whole_net, self.initial_lr = self.epochs, self.warm_up, self.learning_rate
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As the stock trainer's; that of nnU-Net's warm-up trainer cannot read nnU-Net's checkpoints with torch >= 2.6."""
+        nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
+        if self.warmup_duration_whole_net <= self.current_epoch < self.num_epochs:
+            self.optimizer, self.lr_scheduler = self.configure_optimizers("train")  # keeps the optimiser, changes the schedule
+
+
+class nnsslResEncTrainer(_Schedule):
+    """Residual-encoder U-Net: SGD, momentum 0.99, Nesterov, weight decay 3e-5; 1e-3 instead of 1e-2."""
+
+    learning_rate = 1e-3
+
+
+class nnsslResEncTrainer_150ep(nnsslResEncTrainer):
+    epochs, warm_up = 150, 15
+
+
+class nnsslPrimusTrainer(_Schedule, AbstractPrimus):
+    """Primus, built from the plan: AdamW (0.9, 0.98), weight decay 5e-2, gradients clipped at 1; 1e-4 instead of 3e-4."""
+
+    learning_rate = 1e-4
+    build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
+
+
+class nnsslPrimusTrainer_150ep(nnsslPrimusTrainer):
+    epochs, warm_up = 150, 15
+
+
+class _Short(_Schedule):
+    """`$nnssl_finetune_epochs` (2) of `$nnssl_finetune_iterations` (5) each, warm-up a tenth, no mirroring: for trials on the CPU."""
+
+    def __init__(self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any], device: torch.device = CUDA) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch = _positive(EPOCHS_VARIABLE, 2), _positive(ITERATIONS_VARIABLE, 5)
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
+        self.warmup_duration_whole_net = max(1, self.num_epochs // 10)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # the name is nnU-Net's
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, None
+
+
+class nnsslResEncTrainer_short(_Short, nnsslResEncTrainer):
+    """The recipe for residual encoders, cut short."""
+
+
+class nnsslPrimusTrainer_short(_Short, nnsslPrimusTrainer):
+    """The recipe for Primus, cut short."""
+
+
+DEFAULT_TRAINERS = {"resenc": nnsslResEncTrainer.__name__, "primus": nnsslPrimusTrainer.__name__}
+
+
+def _positive(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"${variable} must be a positive integer, not '{value}'", "environment", f"unset it or export {variable}={default}")
+    return int(value)
