@@ -8,7 +8,7 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 
 # One thread per test worker; two workers.
-TESTS  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+TESTS  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export UV_HTTP_TIMEOUT ?= 300
 export UV_PROJECT_ENVIRONMENT := .venv
@@ -36,7 +36,7 @@ $(TOOLS)/uv/bin/uv:
 	@$(PYTHON) -m venv $(TOOLS)/uv </dev/null && $(TOOLS)/uv/bin/python -m pip install --quiet --disable-pip-version-check uv </dev/null \
 	|| { rm -rf $(TOOLS)/uv; $(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(TOOLS)/uv uv </dev/null; }
 
-demo: setup   ## phantoms -> preprocessing -> pretraining -> fine-tuning with nnU-Net, in the folder demo/
+demo: setup   ## embedded volumes -> preprocessing -> pretraining -> fine-tuning with nnU-Net, in the folder demo/
 	@PATH="$$PATH:$(dir $(UV))" $(BIN)/nnssl_demo   # the demo fetches its scans with pip or uv
 
 test: setup   ## the default tests
