@@ -1,0 +1,113 @@
+"""The nnU-Net plan of a checkpoint."""
+
+import json
+
+import pytest
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.finetuning.plans import PlanOptions, is_preprocessed, plans_name, write_plans
+from nnssl_ext.finetuning.pretrained import Pretrained
+from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, write_fingerprint
+
+pytestmark = pytest.mark.nnunet
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch):
+    return make_roots(tmp_path, monkeypatch)
+
+
+def planned(roots, tmp_path, family="resenc", channels=("CT",), options=None, relative_size=1.0, **checkpoint):
+    """(configuration, whole plan) as written."""
+    options = options or PlanOptions()
+    dataset = make_dataset(roots, 901, channels, cases=2)
+    write_fingerprint(roots, dataset, len(channels), relative_size)
+    path = write_plans(Pretrained.load(make_checkpoint(tmp_path / "c.pth", family, **checkpoint)), dataset, options)
+    content = json.loads(path.read_text())
+    assert (path.parent / "dataset.json").is_file() and path.stem == content["plans_name"]
+    return content["configurations"][options.configuration], content
+
+
+def test_resenc_keeps_the_pretrained_topology(roots, tmp_path):
+    configuration, content = planned(roots, tmp_path)
+    network = Pretrained.load(tmp_path / "c.pth").network
+    architecture = configuration["architecture"]
+    assert architecture["network_class_name"] == network.class_name and architecture["arch_kwargs"] == network.kwargs
+    assert configuration["patch_size"] == [32, 32, 32] and configuration["batch_size"] == max(2, network.batch_size)
+    assert content["transpose_forward"] == [0, 1, 2]
+
+
+def test_primus_names_the_importable_wrapper(roots, tmp_path):
+    options = PlanOptions(patch_size=(32, 40, 48))
+    configuration, _ = planned(roots, tmp_path, "primus", options=options)
+    assert configuration["architecture"]["network_class_name"] == "nnssl_ext.finetuning.networks.PlannedPrimus"
+    assert configuration["architecture"]["arch_kwargs"]["input_shape"] == configuration["patch_size"] == [32, 40, 48]
+
+
+def test_ct_takes_the_statistics_of_the_pretraining(roots, tmp_path):
+    configuration, content = planned(roots, tmp_path, channels=("CT", "MRI"))
+    assert configuration["normalization_schemes"] == ["CTNormalization", "ZScoreNormalization"]
+    ct, mr = (content["foreground_intensity_properties_per_channel"][i] for i in "01")
+    assert (ct["mean"], ct["std"], ct["percentile_00_5"], ct["percentile_99_5"]) == (40.0, 120.0, -800.0, 600.0)
+    assert mr["mean"] == 7.0
+
+
+def test_ct_keeps_its_own_statistics_when_the_pretraining_saw_none(roots, tmp_path):
+    _, content = planned(roots, tmp_path, modality="MR")
+    assert content["foreground_intensity_properties_per_channel"]["0"]["mean"] == 7.0
+
+
+@pytest.mark.parametrize(("relative_size", "expected"), [(1.0, [False]), (0.5, [True])])
+def test_the_mask_for_normalisation_is_decided_as_nnunet_does(roots, tmp_path, relative_size, expected):
+    assert planned(roots, tmp_path, channels=("MRI",), relative_size=relative_size)[0]["use_mask_for_norm"] == expected
+
+
+@pytest.mark.parametrize(
+    ("configuration", "spacing", "expected"),
+    [("3d_fullres", "like_pretrained", 3.0), ("onemmiso", "like_pretrained", 1.0), ("onemmiso", "own", 3.0), ("noresample", "like_pretrained", 3.0)],
+)
+def test_spacing(roots, tmp_path, configuration, spacing, expected):
+    assert planned(roots, tmp_path, configuration=configuration, options=PlanOptions(spacing=spacing))[0]["spacing"] == pytest.approx([expected] * 3)
+
+
+def test_names_are_reproducible_and_differ_by_options_and_checkpoint(tmp_path):
+    one, two = (Pretrained.load(make_checkpoint(tmp_path / f"{family}.pth", family)) for family in ("resenc", "primus"))
+    choices = [PlanOptions(), PlanOptions(batch_size=3), PlanOptions(spacing="own"), PlanOptions(patch_size=(32, 32, 64)), PlanOptions("3d_lowres")]
+    names = [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
+    assert len(set(names)) == 10 and names == [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
+    assert names[0].startswith("nnssl_MAE_") and "__" not in names[0]
+
+
+def test_plans_share_preprocessed_data_unless_spacing_or_normalisation_differ(roots, tmp_path):
+    dataset = make_dataset(roots, 901, cases=2)
+    write_fingerprint(roots, dataset, 1)
+
+    def identifier(family, **options):
+        path = write_plans(Pretrained.load(make_checkpoint(tmp_path / "c.pth", family, configuration=options.pop("of", "3d_fullres"))), dataset, PlanOptions(**options))
+        return json.loads(path.read_text())["configurations"]["3d_fullres"]["data_identifier"]
+
+    assert identifier("resenc") == identifier("primus") == identifier("primus", patch_size=(16, 16, 16), batch_size=7) != identifier("resenc", of="onemmiso")
+
+
+def test_preprocessed_means_every_case(roots, tmp_path):
+    dataset = make_dataset(roots, 901, cases=2)
+    write_fingerprint(roots, dataset, 1)
+    plans = write_plans(Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc")), dataset, PlanOptions())
+    folder = plans.parent / json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
+    for made in (folder / "case0.pkl", plans.parent / "gt_segmentations/case0.nii.gz", plans.parent / "gt_segmentations/case1.nii.gz"):
+        made.parent.mkdir(exist_ok=True)
+        made.touch()
+    assert not is_preprocessed(plans, "3d_fullres")
+    (folder / "case1.pkl").touch()
+    assert is_preprocessed(plans, "3d_fullres")
+
+
+def test_what_cannot_be_planned_is_refused(roots, tmp_path):
+    dataset = make_dataset(roots, 901, cases=2)
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc"))
+    with pytest.raises(UserError, match="no nnU-Net fingerprint"):
+        write_plans(pretrained, dataset, PlanOptions())
+    write_fingerprint(roots, dataset, 1)
+    for options, message in ((PlanOptions("2d"), "3D network"), (PlanOptions(batch_size=0), "batch size"), (PlanOptions(patch_size=(33, 32, 32)), "divisible")):
+        with pytest.raises(UserError, match=message):
+            write_plans(pretrained, dataset, options)
