@@ -9,9 +9,12 @@ import inspect
 import os
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import nnssl_ext.cli
+from nnssl_ext.cli.common import _at_least_one
 from nnssl_ext.core.files import write_text
 from nnssl_ext.core.registry import PLUGIN_VARIABLE, all_classes
 from nnssl_ext.trainers.base import SSLTrainer
@@ -19,7 +22,7 @@ from nnssl_ext.trainers.base import SSLTrainer
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python -m documentation.generate`; change the code instead -->"
 COMMON = ("help", "version", "verbose")  # options of every command
-MACHINE = {"np": "the number of cores, at most 8"}  # defaults that differ between machines
+CORES = "the number of cores, at most 8"  # the default of add_processes differs between machines
 
 
 def command_line() -> str:
@@ -33,7 +36,7 @@ def command_line() -> str:
     for info in pkgutil.iter_modules(nnssl_ext.cli.__path__):
         module = importlib.import_module(f"nnssl_ext.cli.{info.name}")
         if hasattr(module, "main"):
-            parsers.append(module.arguments())
+            parsers.append(parser_of(module.main))
     for parser in sorted(parsers, key=lambda p: p.prog):
         rows = [_row(action) for action in parser._actions if action.dest not in COMMON]
         table = "\n".join(["| argument | meaning |", "|---|---|", *rows])
@@ -42,15 +45,36 @@ def command_line() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+class _Parsed(Exception):
+    """Carries the parser out of a command that is about to use it."""
+
+
+def parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+    """The parser that a command's `main` builds; the command doesn't run."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise _Parsed(parser)
+
+    with patch.object(argparse.ArgumentParser, "parse_args", stop):
+        try:
+            main([])
+        except _Parsed as caught:
+            parser: argparse.ArgumentParser = caught.args[0]
+            return parser
+    raise AssertionError(f"{main} parses no arguments")
+
+
 def _row(action: argparse.Action) -> str:
     name = ", ".join(action.option_strings) or (str(action.metavar) if action.metavar else action.dest)
     value = "" if action.nargs == 0 or not action.option_strings else " " + _value(action)
-    values = {**vars(action), "default": MACHINE.get(action.dest, action.default), "prog": ""}
+    values = {**vars(action), "default": CORES if action.type is _at_least_one else action.default, "prog": ""}
     text = (action.help or "") % values
     return f"| `{name}{value}` | {text}{' (required)' if action.required and action.option_strings else ''} |".replace(" ` |", "` |")
 
 
 def _value(action: argparse.Action) -> str:
+    if isinstance(action.metavar, tuple):
+        return " ".join(action.metavar)
     name = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else str(action.metavar or action.dest.upper())
     return f"{name} ..." if action.nargs in ("+", "*") else name
 
