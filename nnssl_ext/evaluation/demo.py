@@ -43,7 +43,8 @@ class Demo:
         self.unlabelled, self.labelled = (802, 902) if phantom else (801, 901)
         self.commands: list[tuple[str, float]] = []
         self.environment = dict(os.environ) | {name: str(self.folder / name) for name in FOLDERS} | FINETUNE
-        self.environment |= {"nnUNet_extTrainer": nnunet_trainers.__path__[0], "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+        self.environment |= {"nnUNet_extTrainer": nnunet_trainers.__path__[0], "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+        self.environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait must not burn the cores that others need
 
     def run(self) -> Path:
         """All steps; returns the page.
