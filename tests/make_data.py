@@ -41,7 +41,7 @@ def make_fingerprint(
     return {"schema_version": 1, "dataset_name": "Dataset801_Test", "channels": channels, "cases": cases, "intensities": {modality: statistics}, "failed": {}}
 
 
-def make_plan(memory_gb: float = 1.0, **fingerprint: Any) -> Plan:
+def make_plan(memory_gb: float = 0.5, **fingerprint: Any) -> Plan:
     """A plan of small networks (32^3 patches by default)."""
     return Planner(make_fingerprint(**fingerprint), memory_gb).plan("nnsslPlans")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -139,22 +140,31 @@ class FolderLock:
 
     def _remove_if_stale(self) -> None:
         try:
-            owner = json.loads(self.path.read_text())
+            with open(self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # of several that find it stale, one removes it; the others see it gone or renewed
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    return
+                owner = _parsed(file.read())
+                if owner and owner["host"] == socket.gethostname() and not _alive(owner["pid"]):
+                    self.path.unlink()
+                    return
         except FileNotFoundError:
             return
-        except (OSError, ValueError):
-            owner = None
-        if not isinstance(owner, dict):
-            raise UserError(
-                "the folder is locked, its lock is unreadable", self.path.parent, f"make sure that no process uses the folder, then delete {self.path}"
-            )
-        pid, host = owner.get("pid"), owner.get("host")
-        if host == socket.gethostname() and isinstance(pid, int) and not _alive(pid):
-            self.path.unlink(missing_ok=True)
-            return
-        raise UserError(
-            f"the folder is in use by process {pid} on {host}", self.path.parent, f"wait for it to end; if it is certainly gone, delete {self.path}"
-        )
+        if owner is None:
+            fix = f"make sure that no process uses the folder, then delete {self.path}"
+            raise UserError("the folder is locked, its lock is unreadable", self.path.parent, fix)
+        fix = f"wait for it to end; if it is certainly gone, delete {self.path}"
+        raise UserError(f"the folder is in use by process {owner['pid']} on {owner['host']}", self.path.parent, fix)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """Process and host of a lock; None when they can't be read."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return None
+    valid = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if valid else None
 
 
 def _alive(pid: int) -> bool:

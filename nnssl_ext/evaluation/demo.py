@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 FINETUNE = {EPOCHS_VARIABLE: "8", ITERATIONS_VARIABLE: "25"}
 PRETRAIN = ("epochs=12", "iterations=25", "batch_size=2")
 TRAINER = "nnsslResEncTrainer_short"
+_PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log
 FOLDERS = ("nnssl_raw", "nnssl_preprocessed", "nnssl_results", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -63,7 +65,7 @@ class Demo:
         self.call("nnssl_train", unlabelled, "3d_fullres", "-tr", "MAETrainer", "-device", "cpu", "-o", *PRETRAIN)
         (checkpoint,) = (self.folder / "nnssl_results").glob("*/*/fold_all/checkpoint_final.pth")
         exported = self.folder / "exported"
-        report = self.call("nnssl_export", "-ckpt", str(checkpoint), "-d", labelled, "-out", str(exported))
+        report = self.call("nnssl_export", "-ckpt", str(checkpoint), "-d", labelled, "-out", str(exported), "-batch_size", "2", "-np", "2")
         (weights,) = exported.glob("*.pth")
         (plans,) = (self.folder / "nnUNet_preprocessed").glob("*/nnssl_*.json")
         self.call("nnUNetv2_preprocess", "-d", labelled, "-plans_name", plans.stem, "-c", "3d_fullres", "-np", "2")
@@ -98,8 +100,9 @@ class Demo:
         with subprocess.Popen([program, *command[1:]], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                printed.append(line)
-                print("   ", line.rstrip(), flush=True)
+                if not _PROGRESS.search(line):
+                    printed.append(line)
+                    print("   ", line.rstrip(), flush=True)
         self.commands.append((shown, time.monotonic() - start))
         log = self.folder / "logs" / f"{len(self.commands):02d}_{command[0]}.txt"
         log.parent.mkdir(exist_ok=True)
@@ -173,8 +176,8 @@ class Demo:
         return section
 
     def _predictions(self, raw: Path, names: Sequence[str]) -> Figure:
-        image = sorted((raw / "imagesTs").glob("*_0000.*"))[0]
-        case = image.name.replace("_0000", "")
+        case = sorted((raw / "labelsTs").glob("*.nii.gz"))[0].name
+        image = raw / "imagesTs" / case.replace(".nii.gz", "_0000.nii.gz")
         volumes = {"reference": raw / "labelsTs" / case} | {name: self.folder / "predictions" / name.replace(" ", "_") / case for name in names}
         grey = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image)))
         middle = grey.shape[1] // 2

@@ -14,7 +14,7 @@ from nnssl_ext.preprocessing.crop import body_mask
 from nnssl_ext.preprocessing.store import CaseStore
 from tests.make_raw import body_volume, nnunet_dataset, pretrain_dataset, write_image
 
-FAST = ["-gpu_memory_target", "1", "-np", "1"]
+FAST = ["-gpu_memory_target", "0.5", "-np", "1"]
 
 
 def hashes(folder):
@@ -129,7 +129,7 @@ def test_mistakes_end_with_exit_code_2_and_say_how_to_mend_them(folders, capsys,
     assert extract_fingerprint.main(["-d", "801", "-np", "1"]) == 0
     assert plan_experiment.main(["-d", "801", "-pl", "Planer"]) == 2
     assert "did you mean 'Planner'" in error_of(capsys)
-    assert plan_experiment.main(["-d", "801", "-gpu_memory_target", "1"]) == 0
+    assert plan_experiment.main(["-d", "801", "-gpu_memory_target", "0.5"]) == 0
     assert preprocess.main(["-d", "801", "-c", "3d_fulres"]) == 2
     assert "did you mean '3d_fullres'" in error_of(capsys)
     monkeypatch.delenv("nnssl_raw")
@@ -140,7 +140,7 @@ def test_mistakes_end_with_exit_code_2_and_say_how_to_mend_them(folders, capsys,
 def test_a_full_disk_ends_with_exit_code_2_and_keeps_what_was_written(folders, capsys, monkeypatch):
     nnunet_dataset(folders["nnssl_raw"])
     extract_fingerprint.main(["-d", "801", "-np", "1"])
-    plan_experiment.main(["-d", "801", "-gpu_memory_target", "1"])
+    plan_experiment.main(["-d", "801", "-gpu_memory_target", "0.5"])
     replace, written = os.replace, []
 
     def fill_up(source, target):

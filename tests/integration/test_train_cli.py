@@ -21,7 +21,7 @@ RUN = "MAETrainer__nnsslPlans__3d_fullres__epochs=2_iterations=2_batch_size=1"
 @pytest.fixture
 def dataset(folders):
     nnunet_dataset(folders["nnssl_raw"])
-    assert plan_and_preprocess.main(["-d", "801", "-gpu_memory_target", "1", "-np", "1"]) == 0
+    assert plan_and_preprocess.main(["-d", "801", "-gpu_memory_target", "0.5", "-np", "1"]) == 0
     return folders["nnssl_results"] / "Dataset801_Test" / RUN / "fold_all"
 
 

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import socket
 import stat
@@ -193,3 +194,31 @@ def test_a_process_of_another_user_counts_as_alive(monkeypatch):
 
     monkeypatch.setattr(files.os, "kill", denied)
     assert files._alive(1)
+
+
+def _take(folder, start, release, outcomes) -> None:
+    start.wait()
+    try:
+        with FolderLock(folder):
+            outcomes.put("taken")
+            release.wait()
+    except UserError:
+        outcomes.put("refused")
+
+
+def test_of_many_processes_that_find_a_stale_lock_only_one_gets_the_folder(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    for _ in range(10):
+        (tmp_path / ".lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
+        start, release, outcomes = fork.Event(), fork.Event(), fork.SimpleQueue()
+        processes = [fork.Process(target=_take, args=(tmp_path, start, release, outcomes)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        start.set()
+        assert sorted(outcomes.get() for _ in processes) == ["refused"] * 5 + ["taken"]
+        release.set()
+        for process in processes:
+            process.join()
