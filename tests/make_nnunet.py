@@ -64,7 +64,9 @@ def make_checkpoint(
     return path
 
 
-def make_dataset(roots: dict[str, Path], number: int = 901, channels: Sequence[str] = ("CT",), labels: dict[str, Any] | None = None, cases: int = 5) -> str:
+def make_dataset(
+    roots: dict[str, Path], number: int = 901, channels: Sequence[str] = ("CT",), labels: dict[str, Any] | None = None, cases: int = 5, listed: bool = True
+) -> str:
     """An nnU-Net raw dataset of random blobs (36^3 voxels of 3 mm), with one test case; returns its name.
 
     Args:
@@ -73,6 +75,7 @@ def make_dataset(roots: dict[str, Path], number: int = 901, channels: Sequence[s
         channels: channel names.
         labels: of dataset.json; the segmentations hold 0, 1 and 2.
         cases: training cases.
+        listed: name the files in dataset.json; without, nnU-Net forks 12 processes to find them.
     """
     name, rng = f"Dataset{number:03d}_Tiny", np.random.default_rng(number)
     folder = roots["nnUNet_raw"] / name
@@ -94,6 +97,12 @@ def make_dataset(roots: dict[str, Path], number: int = 901, channels: Sequence[s
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
+    if listed:
+        files = {
+            f"case{i}": {"images": [f"imagesTr/case{i}_{c:04d}.nii.gz" for c in range(len(channels))], "label": f"labelsTr/case{i}.nii.gz"}
+            for i in range(cases)
+        }
+        description["dataset"] = files
     if any(isinstance(value, list) for value in description["labels"].values()):
         description["regions_class_order"] = [1, 2]
     (folder / "dataset.json").write_text(json.dumps(description))

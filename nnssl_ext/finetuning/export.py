@@ -190,7 +190,8 @@ def verify(file: Path, pretrained: Pretrained, adapted: Adapted, target: Target,
     wrong = [key for key, value in adapted.tensors.items() if key not in state or not torch.equal(state[key].cpu(), value)]
     if wrong:
         raise UserError(f"nnU-Net loaded other values than the pretrained ones in {len(wrong)} tensors: {_some(wrong)}", target.plans, "please report this")
-    backbone = pretrained.backbone(target.channels, target.patch_size).eval()
+    with torch.random.fork_rng(devices=[]):
+        backbone = pretrained.backbone(target.channels, target.patch_size).eval()
     load_into_modules(backbone.net, adapted.tensors, pretrained.modules)
     shape = target.patch_size
     if "token_drop" not in backbone.supports:  # a convolutional encoder is checked on a smaller input: two voxels of the deepest map

@@ -25,7 +25,7 @@ def program(tmp_path, monkeypatch):
     """Stands for nnU-Net's programs: notes its arguments, and fails when called as the one named in $FAIL."""
     log = tmp_path / "log"
     script = tmp_path / "program"
-    script.write_text(f"#!/bin/sh\necho \"$0 $*\" >> {log}\n[ \"$(basename $0)\" != \"$FAIL\" ]\n")
+    script.write_text(f'#!/bin/sh\necho "$0 $*" >> {log}\n[ "$(basename $0)" != "$FAIL" ]\n')
     script.chmod(0o755)
 
     def beside(name):

@@ -83,7 +83,9 @@ def test_plans_share_preprocessed_data_unless_spacing_or_normalisation_differ(ro
     write_fingerprint(roots, dataset, 1)
 
     def identifier(family, **options):
-        path = write_plans(Pretrained.load(make_checkpoint(tmp_path / "c.pth", family, configuration=options.pop("of", "3d_fullres"))), dataset, PlanOptions(**options))
+        path = write_plans(
+            Pretrained.load(make_checkpoint(tmp_path / "c.pth", family, configuration=options.pop("of", "3d_fullres"))), dataset, PlanOptions(**options)
+        )
         return json.loads(path.read_text())["configurations"]["3d_fullres"]["data_identifier"]
 
     assert identifier("resenc") == identifier("primus") == identifier("primus", patch_size=(16, 16, 16), batch_size=7) != identifier("resenc", of="onemmiso")

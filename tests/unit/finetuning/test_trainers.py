@@ -31,7 +31,9 @@ def test_nnunet_finds_the_trainer_in_our_folder(name, monkeypatch):
 @pytest.mark.slow
 def test_the_folder_is_found_from_a_process_that_knows_only_the_variable():
     code = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f; print(f('nnsslPrimusTrainer_short').__module__)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(Machine("cpu")) | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(Machine("cpu")) | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
     assert done.stdout.strip().endswith("nnssl_ext.finetuning.trainers"), done.stderr
 
 
@@ -63,7 +65,12 @@ def test_a_bad_number_of_epochs_is_a_user_error(value, monkeypatch):
 def test_the_learning_rate_rises_linearly_then_falls(name, peak, epochs, warm_up):
     trainer = object.__new__(getattr(trainers, name))
     trainer.network, trainer.device, trainer.training_stage = torch.nn.Linear(2, 2), torch.device("cpu"), None
-    trainer.num_epochs, trainer.warmup_duration_whole_net, trainer.initial_lr, trainer.weight_decay = trainer.epochs, trainer.warm_up, trainer.learning_rate, 0.0
+    trainer.num_epochs, trainer.warmup_duration_whole_net, trainer.initial_lr, trainer.weight_decay = (
+        trainer.epochs,
+        trainer.warm_up,
+        trainer.learning_rate,
+        0.0,
+    )
     trainer.current_epoch, trainer.print_to_log_file = 0, lambda *_: None
     trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
     rates = []
