@@ -25,8 +25,8 @@ from nnssl_ext.evaluation.report import Section, write_page
 from nnssl_ext.finetuning import nnunet_trainers
 from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 
-FINETUNE = {EPOCHS_VARIABLE: "8", ITERATIONS_VARIABLE: "25"}
-PRETRAIN = ("epochs=12", "iterations=25", "batch_size=2")
+FINETUNE = {EPOCHS_VARIABLE: "6", ITERATIONS_VARIABLE: "20"}
+PRETRAIN = ("epochs=10", "iterations=20", "batch_size=2")
 TRAINER = "nnsslResEncTrainer_short"
 _PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log
 FOLDERS = ("nnssl_raw", "nnssl_preprocessed", "nnssl_results", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
