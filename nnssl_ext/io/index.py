@@ -14,6 +14,7 @@ from nnssl_ext.core.files import read_json
 from nnssl_ext.core.paths import root
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+MASKS = ("anonymization_mask", "anatomy_mask")  # fields of nnssl's `associated_masks` and of `Case`
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _PREFIX = re.compile(r"\$(nnssl_raw|nnssl_preprocessed)(?=/)")
 
@@ -28,6 +29,8 @@ class Case:
         session: which visit.
         images: one file per channel.
         modalities: one name per channel, such as "CT" or "T1w".
+        anatomy_mask: file of the body's mask, on the grid of the images; None without one.
+        anonymization_mask: file of the mask of removed voxels (a cut-off face), likewise.
     """
 
     identifier: str
@@ -35,6 +38,8 @@ class Case:
     session: str
     images: tuple[Path, ...]
     modalities: tuple[str, ...]
+    anatomy_mask: Path | None = None
+    anonymization_mask: Path | None = None
 
 
 def read_index(folder: Path) -> list[Case]:
@@ -64,24 +69,28 @@ def read_index(folder: Path) -> list[Case]:
 
 def _from_nnunet(folder: Path) -> list[Case]:
     description = read_json(folder / "dataset.json")
-    names = description.get("channel_names", description.get("modality"))
-    if not isinstance(names, dict) or not names:
-        raise UserError("dataset.json names no channels", folder / "dataset.json", 'add "channel_names": {"0": "CT"}')
+    names = description.get("channel_names", description.get("modality")) if isinstance(description, dict) else None
+    if not isinstance(names, dict) or not names or not all(str(number).isdigit() for number in names):
+        raise UserError("dataset.json names no channels by number", folder / "dataset.json", 'add "channel_names": {"0": "CT"}')
     modalities = {int(number): str(name) for number, name in names.items()}
     ending = description.get("file_ending", ".nii.gz")
     channels: dict[str, dict[int, Path]] = defaultdict(dict)
     for subfolder in ("imagesTr", "imagesUn"):
         for path in sorted((folder / subfolder).glob(f"*{ending}")):
+            if path.name.startswith("."):  # what macOS and synchronisation tools leave behind
+                continue
             match = _CHANNEL.fullmatch(path.name.removesuffix(ending))
             if match is None:
                 raise UserError("an image's name does not end in a channel number such as _0000", path, f"rename it to CASE_0000{ending}")
             channels[match[1]][int(match[2])] = path
-    for case, files in channels.items():
-        if set(files) != set(modalities):
-            have, want = sorted(files), sorted(modalities)
-            raise UserError(
-                f"case {case} has channels {have}, dataset.json names {want}", next(iter(files.values())), "add the missing files or take the case out"
-            )
+    wanted = sorted(modalities)
+    odd = [f"{case} has {sorted(files)}" for case, files in sorted(channels.items()) if sorted(files) != wanted]
+    if odd:
+        raise UserError(
+            f"dataset.json names the channels {wanted}, {len(odd)} of {len(channels)} cases have others: {_first(odd)}",
+            folder,
+            "add the missing files or take the cases out",
+        )
     return [Case(case, case, "1", tuple(files[i] for i in sorted(files)), tuple(modalities[i] for i in sorted(files))) for case, files in channels.items()]
 
 
@@ -95,7 +104,8 @@ def _from_pretrain_data(file: Path) -> list[Case]:
                     for image in session["images"]:
                         parts = (dataset_id, subject_id, session_id, _stem(image["name"]))
                         path = _resolve(image["image_path"], file)
-                        cases.append(Case(_identifier(parts), f"{dataset_id}/{subject_id}", str(session_id), (path,), (str(image["modality"]),)))
+                        masks = {key: _resolve(mask, file) for key, mask in (image.get("associated_masks") or {}).items() if mask and key in MASKS}
+                        cases.append(Case(_identifier(parts), f"{dataset_id}/{subject_id}", str(session_id), (path,), (str(image["modality"]),), **masks))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"pretrain_data.json is malformed: {type(error).__name__} {error}", file, "compare it with the schema in the folder reference"
@@ -126,8 +136,8 @@ def _identifier(parts: tuple[Any, ...]) -> str:
 def _check(cases: list[Case], folder: Path) -> None:
     twice = [name for name, count in Counter(case.identifier for case in cases).items() if count > 1]
     if twice:
-        raise UserError(f"{len(twice)} identifiers are used twice, the first is {twice[0]}", folder, "give the images of a session distinct names")
-    usual = Counter(len(case.images) for case in cases).most_common(1)[0][0]
-    odd = [case.identifier for case in cases if len(case.images) != usual]
-    if odd:
-        raise UserError(f"most cases have {usual} channels, {len(odd)} have another number: {', '.join(odd[:3])}", folder, "make two datasets of them")
+        raise UserError(f"{len(twice)} identifiers are used twice: {_first(twice)}", folder, "give the images of a session distinct names")
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

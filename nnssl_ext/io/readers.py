@@ -6,6 +6,8 @@ Arrays are float32 in axis order (z, y, x); geometry is kept as `Geometry`.
 from __future__ import annotations
 
 import gzip
+import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from nnssl_ext.io.index import Case
 
 TOLERANCE_MM = 1e-2  # by which origins of the channels of a case may differ
 _WHOLE = "copy or download the file again"
+_NIFTI = (".nii", ".nii.gz")
+_NIFTI_ERRORS = (EOFError, OSError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError)
+
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is checked here and becomes a UserError
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
@@ -29,9 +35,12 @@ def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
         UserError: missing, truncated or unreadable file; not 3D; several components; NaN or infinity; constant.
     """
     geometry = read_header(path)
-    _check_nifti(path)
+    if path.name.endswith(_NIFTI):
+        _check_nifti_voxels(path)
     try:
         array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32))
+    except MemoryError:
+        raise UserError(f"the image ({_size(geometry.shape[::-1])} voxels) doesn't fit into memory", path, "check its header; leave the case out") from None
     except RuntimeError as error:
         raise UserError(f"the image can't be read: {_reason(error)}", path, _WHOLE) from None
     _check_finite(array, path)
@@ -57,14 +66,15 @@ def read_header(path: Path) -> Geometry:
     except RuntimeError as error:
         raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
     size, spacing = reader.GetSize(), reader.GetSpacing()
+    stored = _nifti_spacing(path) if path.name.endswith(_NIFTI) else spacing
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"the image has {reader.GetNumberOfComponents()} values per voxel (colour or vector), one is needed", path, "split it into channels")
     if len(size) != 3:
-        raise UserError(f"the image is {len(size)}D ({' x '.join(map(str, size))}), 3D is needed", path, "split a series into volumes, leave out 2D images")
+        raise UserError(f"the image is {len(size)}D ({_size(size)}), 3D is needed", path, "split a series into volumes, leave out 2D images")
     if sum(n > 1 for n in size) < 3:
-        raise UserError(f"the image is 2D ({' x '.join(map(str, size))} voxels), 3D is needed", path, "leave the case out")
-    if not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise UserError(f"the spacing {spacing} is not positive", path, "repair the header")
+        raise UserError(f"the image is 2D ({_size(size)} voxels), 3D is needed", path, "leave the case out")
+    if not all(np.isfinite(s) and s > 0 for s in (*spacing, *stored)):
+        raise UserError(f"the spacing {_short(stored)} is not positive", path, "repair the header")
     return Geometry(size[::-1], spacing[::-1], reader.GetOrigin(), reader.GetDirection())
 
 
@@ -84,21 +94,41 @@ def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
     return np.stack([array for array, _ in volumes]), first
 
 
-def _check_nifti(path: Path) -> None:
-    """What SimpleITK hides: it fills the rest of a cut .nii.gz with zeros and replaces NaN and infinity in NIfTI by 0."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return
+def _nifti_spacing(path: Path) -> tuple[float, ...]:
+    """Spacing (x, y, z) as the header has it, in the header's unit; SimpleITK replaces zero and NaN by 1."""
+    return tuple(float(mm) for mm in _nifti_header(_nifti_bytes(path, 540), path)["pixdim"][1:4])
+
+
+def _check_nifti_voxels(path: Path) -> None:
+    """What SimpleITK hides: it fills the rest of a cut .nii.gz with zeros and replaces NaN and infinity by 0."""
+    content = _nifti_bytes(path)
+    header = _nifti_header(content, path)
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        kind = nibabel.Nifti2Image if int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540 else nibabel.Nifti1Image
-        stored: Any = kind.from_bytes(content).dataobj
-        values = stored.get_unscaled()
-    except (EOFError, OSError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        kind, first, count = header.get_data_dtype(), int(header["vox_offset"]), math.prod(int(n) for n in header.get_data_shape())
+    except _NIFTI_ERRORS as error:
+        raise UserError(f"the image's header is damaged: {_reason(error)}", path, _WHOLE) from None
+    if len(content) < first + count * kind.itemsize:
+        raise UserError(f"the image is truncated: {len(content)} of {first + count * kind.itemsize} bytes", path, _WHOLE)
+    if kind.kind == "f":
+        _check_finite(np.frombuffer(content, kind, count, first), path)
+
+
+def _nifti_bytes(path: Path, count: int = -1) -> bytes:
+    """The first `count` bytes, or all of them, decompressed."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return file.read(count)
+    except _NIFTI_ERRORS as error:
         raise UserError(f"the image is truncated or damaged: {_reason(error)}", path, _WHOLE) from None
-    if values.dtype.kind == "f":
-        _check_finite(values, path)
+
+
+def _nifti_header(content: bytes, path: Path) -> Any:
+    """The header of NIfTI 1 or 2, nothing in it corrected."""
+    kind = nibabel.Nifti2Header if 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big")) else nibabel.Nifti1Header
+    try:
+        return kind(content[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
+    except _NIFTI_ERRORS as error:
+        raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
 
 
 def _check_finite(values: np.ndarray, path: Path) -> None:
@@ -107,8 +137,12 @@ def _check_finite(values: np.ndarray, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:120]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("Reason: ")]
+    return re.sub(r"^ITK ERROR: (\w+\(0x[0-9a-f]+\): )?", "", lines[-1])[:120] if lines else type(error).__name__
+
+
+def _size(size: tuple[int, ...]) -> str:
+    return " x ".join(str(n) for n in size)
 
 
 def _short(values: tuple[float, ...]) -> str:

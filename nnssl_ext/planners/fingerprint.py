@@ -12,7 +12,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock, write_json
 from nnssl_ext.core.paths import preprocessed_folder, raw_folder
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.io.index import Case, read_index
+from nnssl_ext.io.index import MASKS, Case, read_index
 from nnssl_ext.io.readers import read_case
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
 from nnssl_ext.preprocessing.parallel import run_all
@@ -38,8 +38,7 @@ def extract_fingerprint(dataset_name: str, processes: int) -> dict[str, Any]:
     cases = read_index(raw_folder(dataset_name))
     folder = preprocessed_folder(dataset_name)
     with FolderLock(folder):
-        work = list(enumerate(cases))
-        found, failed = run_all(_describe, work, [case.identifier for case in cases], processes, f"fingerprint of {dataset_name}")
+        found, failed = run_all(_describe, cases, [case.identifier for case in cases], processes, f"fingerprint of {dataset_name}")
         if not found:
             first = next(iter(failed.items()))
             raise UserError(f"no case of {dataset_name} could be read; {first[0]}: {first[1].splitlines()[0]}", raw_folder(dataset_name), "mend the files")
@@ -57,15 +56,14 @@ def extract_fingerprint(dataset_name: str, processes: int) -> dict[str, Any]:
     return fingerprint
 
 
-def _describe(numbered: tuple[int, Case]) -> dict[str, Any]:
-    number, case = numbered
+def _describe(case: Case) -> dict[str, Any]:
     array, geometry = read_case(case)
     masks = [body_mask(channel, modality) for channel, modality in zip(array, case.modalities)]
     box = bounding_box(np.any(masks, axis=0))
     samples = []
     for channel, (volume, mask) in enumerate(zip(array, masks)):
         inside = volume[mask] if mask.any() else volume.ravel()
-        rng = sample_rng(0, number, f"fingerprint channel {channel}")
+        rng = sample_rng(0, channel, f"fingerprint {case.identifier}")  # a case's voxels don't depend on the other cases
         samples.append(inside if len(inside) <= SAMPLES else inside[rng.integers(0, len(inside), SAMPLES)])
     description = {
         "subject": case.subject,
@@ -101,13 +99,15 @@ def _statistics(values: np.ndarray) -> dict[str, float]:
 
 
 def _index(dataset_name: str, cases: list[Case]) -> dict[str, Any]:
-    """The cases in nnssl's schema, whatever index they came from."""
+    """The cases in nnssl's schema, whatever index they came from; nothing about the patients."""
     subjects: dict[str, Any] = {}
     for case in cases:
         subject = subjects.setdefault(case.subject, {"subject_id": case.subject, "subject_info": {}, "sessions": {}})
         session = subject["sessions"].setdefault(case.session, {"session_id": case.session, "session_info": {}, "images": []})
+        found = {key: getattr(case, key) for key in MASKS}
+        masks = {key: _portable(mask) if mask else None for key, mask in found.items()} if any(found.values()) else None
         for path, modality in zip(case.images, case.modalities):
-            session["images"].append({"name": path.name, "modality": modality, "image_path": _portable(path), "image_info": {}, "associated_masks": None})
+            session["images"].append({"name": path.name, "modality": modality, "image_path": _portable(path), "image_info": {}, "associated_masks": masks})
     number = dataset_name.removeprefix("Dataset").partition("_")[0]
     datasets = {number: {"dataset_index": number, "name": dataset_name, "dataset_info": {}, "subjects": subjects}}
     return {"collection_index": int(number), "collection_name": dataset_name, "datasets": datasets}

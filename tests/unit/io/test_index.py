@@ -36,6 +36,17 @@ def test_pretrain_data_gives_subjects_sessions_and_resolved_paths(folders):
     assert {case.subject for case in cases} == {"7/s0", "7/s1", "7/s2"}
 
 
+def test_masks_of_anatomy_and_anonymisation_belong_to_the_case(folders):
+    folder = pretrain_dataset(folders["nnssl_raw"])
+    content = json.loads((folder / "pretrain_data.json").read_text())
+    image = content["datasets"]["7"]["subjects"]["s0"]["sessions"]["ses0"]["images"][0]
+    image["associated_masks"] = {"anonymization_mask": "$nnssl_raw/Dataset802_Test/face.nii.gz", "anatomy_mask": None}
+    (folder / "pretrain_data.json").write_text(json.dumps(content))
+    cases = read_index(folder)
+    assert cases[0].anonymization_mask == folder / "face.nii.gz" and cases[0].anatomy_mask is None
+    assert cases[1].anonymization_mask is None
+
+
 def test_missing_and_empty_folders_are_refused(tmp_path):
     fails(tmp_path / "none", "dataset folder not found")
     (tmp_path / "empty").mkdir()
@@ -48,7 +59,26 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
 def test_cases_of_unequal_channels_are_named(tmp_path):
     folder = nnunet_dataset(tmp_path, cases=3, channels=2)
     (folder / "imagesTr" / "case1_0001.nii.gz").unlink()
-    fails(folder, "case case1 has channels [0], dataset.json names [0, 1]")
+    fails(folder, "dataset.json names the channels [0, 1], 1 of 3 cases have others: case1 has [0]")
+
+
+def test_files_that_other_systems_leave_behind_are_not_images(tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=1)
+    (folder / "imagesTr" / "._case0_0000.nii.gz").write_bytes(b"macOS")
+    assert len(read_index(folder)) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"channel_names": {"CT": 0}}', '{"channel_names": ["CT"]}'])
+def test_a_description_without_channel_numbers_is_refused(content, tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=1)
+    (folder / "dataset.json").write_text(content)
+    fails(folder, "names no channels by number")
+
+
+def test_the_former_name_of_the_channels_is_read_too(tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=1)
+    (folder / "dataset.json").write_text('{"modality": {"0": "T1"}}')
+    assert read_index(folder)[0].modalities == ("T1",)
 
 
 def test_names_without_a_channel_number_are_named(tmp_path):
