@@ -40,8 +40,14 @@ def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
         coarse = np.moveaxis(np.stack([ndimage.binary_fill_holes(cut) for cut in slices]), 0, axis)
     if step == 1:
         return coarse
+    corners = np.ones((3, 3, 3), bool)
+    sure, near = ndimage.binary_erosion(coarse, corners, border_value=1), ndimage.binary_dilation(coarse, corners)
+    return _refined(sure, step, volume.shape) | (_refined(near, step, volume.shape) & mask)  # the surface to the voxel
+
+
+def _refined(coarse: np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:
     fine = coarse.repeat(step, 0).repeat(step, 1).repeat(step, 2)
-    return np.ascontiguousarray(fine[: volume.shape[0], : volume.shape[1], : volume.shape[2]])
+    return fine[: shape[0], : shape[1], : shape[2]]
 
 
 def otsu(volume: np.ndarray) -> float:

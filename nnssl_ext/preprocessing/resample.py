@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
+from threadpoolctl import ThreadpoolController
 
 SEPARATE_Z_ANISOTROPY = 3.0  # nnU-Net resamples an axis by itself when its spacing is over three times the finest
 
@@ -47,15 +48,21 @@ def resample(array: np.ndarray, shape: Sequence[int], spacing: Sequence[float], 
         return array
     coarse = separate_axis(spacing, target)
     axes = [axis for axis in range(3) if axis != coarse]
-    result = array.astype(np.float32, copy=False)
-    # shrinking axes first, so that the products stay small
-    for axis in sorted(axes, key=lambda a: shape[a] / array.shape[a + 1]):
-        result = _along(result, axis + 1, axis_matrix(array.shape[axis + 1], shape[axis], order))
     together = tuple(axis + 1 for axis in axes)
-    result = np.clip(result, array.min(together, keepdims=True), array.max(together, keepdims=True))
-    if coarse is not None and array.shape[coarse + 1] != shape[coarse]:
-        result = _along(result, coarse + 1, axis_matrix(array.shape[coarse + 1], shape[coarse], order_z))
+    result = array.astype(np.float32, copy=False)
+    with _blas().limit(limits=1, user_api="blas"):  # the last bits depend on the number of threads
+        # shrinking axes first, so that the products stay small
+        for axis in sorted(axes, key=lambda a: shape[a] / array.shape[a + 1]):
+            result = _along(result, axis + 1, axis_matrix(array.shape[axis + 1], shape[axis], order))
+        result = np.clip(result, array.min(together, keepdims=True), array.max(together, keepdims=True))
+        if coarse is not None:
+            result = _along(result, coarse + 1, axis_matrix(array.shape[coarse + 1], shape[coarse], order_z))
     return np.ascontiguousarray(result)
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def separate_axis(spacing: Sequence[float], target: Sequence[float]) -> int | None:

@@ -26,7 +26,7 @@ def test_the_body_is_the_largest_component_with_its_holes_filled(modality):
 def test_large_volumes_are_searched_on_a_coarser_grid():
     body = ball((160, 160, 160), (80, 80, 80), 50)
     found = body_mask(np.where(body, 0.0, -1000.0).astype(np.float32), "CT")
-    assert found.shape == body.shape and (found & body).sum() / (found | body).sum() > 0.95
+    assert np.array_equal(found, body)
 
 
 def test_a_volume_without_any_body_is_all_body():

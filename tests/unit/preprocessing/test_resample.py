@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from nnssl_ext.preprocessing.resample import axis_matrix, resample, separate_axis
 
@@ -26,6 +27,26 @@ def test_the_result_equals_nnunets_default_resampling(shape, new, spacing, targe
     found = resample(data, new, spacing, target)
     assert found.dtype == np.float32 and found.flags.c_contiguous
     assert np.abs(found - expected).max() <= 1e-5 * np.ptp(data)
+
+
+@pytest.mark.nnunet
+@pytest.mark.parametrize(("old", "new"), [(1, 4), (4, 1), (12, 6), (6, 12), (9, 3), (7, 5), (5, 7), (24, 8)])
+def test_a_coarse_axis_takes_the_nearest_slice_as_nnunet_does(old, new):
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    data = np.random.default_rng(0).normal(size=(1, old, 6, 7)).astype(np.float32)
+    spacing, target = (8, 1, 1), (8 * old / new, 1, 1)
+    expected = resample_data_or_seg_to_shape(data, (new, 9, 4), spacing, target, is_seg=False, order=3, order_z=0, force_separate_z=None)
+    assert np.abs(resample(data, (new, 9, 4), spacing, target) - expected).max() <= 1e-5 * np.ptp(data)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    data = np.random.default_rng(0).normal(size=(1, 97, 141, 133)).astype(np.float32)
+    results = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            results.append(resample(data, (130, 111, 150), (1, 1, 1), (1, 1, 1)))
+    assert np.array_equal(*results)
 
 
 def test_the_same_shape_returns_the_array_itself():
