@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,14 @@ def write_case(folder: Path, identifier: str, array: np.ndarray, info: dict[str,
         info: what else to keep; the hash of the array's file is added.
         patch_size: voxels of a training patch, (z, y, x); chunks have its size, blocks a quarter of its edges.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     chunks = (1, *(min(n, p) for n, p in zip(array.shape[1:], patch_size)))
     blocks = (1, *(min(n, max(8, p // 4)) for n, p in zip(chunks[1:], patch_size)))
     path = folder / f"{identifier}.b2nd"
+    parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, nthreads=1)  # read two to three times as fast as ZSTD
+    content = blosc2.asarray(np.ascontiguousarray(array, np.float32), chunks=chunks, blocks=blocks, cparams=parameters).to_cframe()
     with atomic_path(path) as temporary:
-        temporary.unlink()
-        parameters = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=3, nthreads=1)
-        blosc2.asarray(np.ascontiguousarray(array, np.float32), urlpath=str(temporary), chunks=chunks, blocks=blocks, cparams=parameters)
-        digest = sha256_file(temporary)
-    write_json(folder / f"{identifier}.json", {"schema_version": SCHEMA_VERSION, **info, "sha256": digest})
+        temporary.write_bytes(content)  # not by blosc2, which doesn't say that the disk is full
+    write_json(folder / f"{identifier}.json", {"schema_version": SCHEMA_VERSION, **info, "sha256": hashlib.sha256(content).hexdigest()})
 
 
 def is_current(folder: Path, identifier: str, settings: str, source: list[Any]) -> bool:
@@ -109,9 +108,12 @@ class CaseStore:
         Raises:
             UserError: the file is missing or damaged.
         """
+        if box is None:
+            box = tuple((0, n) for n in self.shape(case))
+        if not all(0 <= low <= high <= n for (low, high), n in zip(box, self.shape(case))):
+            raise ValueError(f"box {box} reaches beyond the case's {self.shape(case)} voxels")
         try:
-            array = self._array(case)
-            crop: np.ndarray = array[...] if box is None else array[box_slices(box)]
+            crop: np.ndarray = self._array(case)[box_slices(box)]
             return crop
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"a stored case can't be read: {error}", self._file(case), "delete it and its .json, then preprocess again") from None

@@ -1,7 +1,9 @@
 """The store: round trip, partial reads, damage."""
 
+import multiprocessing
 import pickle
 
+import blosc2
 import numpy as np
 import pytest
 
@@ -38,6 +40,26 @@ def test_cases_come_back_bit_for_bit_whole_and_box_by_box(store):
         crop = store.read(i, ((5, 21), (0, 40), (33, 50)))
         assert crop.shape == (2, 16, 40, 17) and crop.base is None
         assert np.array_equal(crop, original(i)[:, 5:21, :, 33:50])
+
+
+def test_a_box_beyond_the_case_is_refused(store):
+    for box in (((-1, 5), (0, 5), (0, 5)), ((0, 5), (0, 41), (0, 5))):
+        with pytest.raises(ValueError, match="beyond"):
+            store.read(0, box)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_open_files_do_not_disturb_other_processes(start, store):
+    store.read(1)
+    with multiprocessing.get_context(start).Pool(2) as pool:
+        found = pool.map(store.read, [0, 1, 2, 1, 0])
+    assert all(np.array_equal(array, original(i)) for array, i in zip(found, [0, 1, 2, 1, 0]))
+    assert np.array_equal(store.read(1), original(1))
+
+
+def test_a_box_decompresses_few_blocks(store):
+    array = blosc2.open(str(store.folder / "case0.b2nd"))
+    assert array.chunks == (1, 16, 16, 16) and array.blocks == (1, 8, 8, 8)
 
 
 def test_a_store_travels_to_other_processes(store):
