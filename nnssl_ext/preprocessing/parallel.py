@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -13,12 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nnssl_ext.core.errors import DiskError, UserError
 
+PLAIN_EVERY_S = 30.0  # between two lines of progress where the output is no terminal
+
+Numbered = tuple[int, Any]  # an item and its place in the list
+Outcomes = Iterator[tuple[int, Any]]  # its result or exception
+
 
 def run_all(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str], processes: int, title: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """``function(item)`` for every item, with a progress bar.
+    """``function(item)`` for every item, with a progress bar; failures are listed at the end.
 
     Args:
-        function: importable function of one argument; a `UserError` it raises is a failure of that item alone.
+        function: importable function of one argument; an exception is a failure of that item alone.
         items: its arguments.
         names: a name per item.
         processes: worker processes; 1 works in this process.
@@ -36,50 +45,75 @@ def run_all(function: Callable[[Any], Any], items: Sequence[Any], names: Sequenc
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(items))
+        start = said = time.monotonic()
         for index, outcome in _outcomes(function, items, processes):
-            progress.advance(task)
             if isinstance(outcome, DiskError):
                 raise outcome
             if isinstance(outcome, Exception):
-                failures[names[index]] = str(outcome) if isinstance(outcome, UserError) else f"{type(outcome).__name__}: {outcome}"
-                console.print(f"failed: {names[index]}: {failures[names[index]]}", highlight=False, soft_wrap=True, markup=False)
+                failures[names[index]] = str(outcome) or type(outcome).__name__
+                _say(console, f"failed: {names[index]}: {failures[names[index]].splitlines()[0]}")
             else:
                 results[names[index]] = outcome
-    console.print(f"{title}: {len(results)} of {len(items)} cases done, {len(failures)} failed", highlight=False)
+            progress.advance(task)
+            done, now = len(results) + len(failures), time.monotonic()
+            if not console.is_terminal and now - said > PLAIN_EVERY_S:
+                said = now
+                _say(console, f"{title}: {done} of {len(items)}, about {(now - start) / done * (len(items) - done) / 60:.0f} min left")
+    _say(console, f"{title}: {len(results)} of {len(items)} cases done, {len(failures)} failed" + ":" * bool(failures))
+    for name, message in sorted(failures.items()):
+        _say(console, f"failed: {name}: {message}")
     return results, failures
 
 
-def _outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[tuple[int, Any]]:
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Outcomes:
     if processes <= 1 or len(items) <= 1:
         for index, item in enumerate(items):
             yield index, _attempt(function, item)
         return
-    left = set(range(len(items)))
-    with _pool(min(processes, len(items))) as pool:
-        futures = {pool.submit(_attempt, function, items[index]): index for index in left}
-        try:
-            for future in as_completed(futures):
-                if not isinstance(future.exception(), BrokenProcessPool):
-                    left.remove(futures[future])
-                    yield futures[future], future.result()
-        except GeneratorExit:  # the caller gave up, as on a full disk
-            pool.shutdown(cancel_futures=True)
-            raise
-    for index in sorted(left):  # a worker died and took the pool along: one at a time tells which case it was
-        with _pool(1) as pool:
+    waiting = deque(enumerate(items))
+    while waiting:
+        in_work = yield from _pooled(function, waiting, processes)
+        for index, item in in_work:  # when a worker died; one at a time tells whose fault it was
+            if (yield from _pooled(function, deque([(index, item)]), 1)):
+                yield index, UserError("the worker process died, perhaps for lack of memory", "", "run with fewer processes (-np)")
+
+
+def _pooled(function: Callable[[Any], Any], waiting: deque[Numbered], processes: int) -> Generator[tuple[int, Any], None, list[Numbered]]:
+    """Take items from `waiting` and yield their outcomes, until all are done or a worker dies; returns the items lost with it."""
+    running: dict[Future[Any], Numbered] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(waiting)), context, initializer=_ignore_interrupt) as pool:
+        while waiting or running:
             try:
-                outcome = pool.submit(_attempt, function, items[index]).result()
+                while waiting and len(running) <= processes:  # one ahead, so that no worker waits for its next item
+                    running[pool.submit(_attempt, function, waiting[0][1])] = waiting[0]
+                    waiting.popleft()
             except BrokenProcessPool:
-                outcome = UserError("the worker process died, perhaps for lack of memory", "", "run with fewer processes (-np)")
-        yield index, outcome
+                if not running:
+                    return [waiting.popleft()]
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            lost = [running.pop(future) for future in list(done) if isinstance(future.exception(), BrokenProcessPool)]
+            for future in done & running.keys():
+                yield running.pop(future)[0], future.exception() or future.result()
+            if lost:
+                return sorted([*lost, *running.values()], key=lambda numbered: numbered[0])
+    return []
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+def _ignore_interrupt() -> None:  # Ctrl-C ends the main process, which ends the workers after their present case
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _attempt(function: Callable[[Any], Any], item: Any) -> Any:
+    """The result or, so that the other items go on, the exception."""
     try:
         return function(item)
-    except Exception as error:  # handed back, so that the other cases go on
+    except UserError as error:
         return error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return UserError(f"unexpected {type(error).__name__}: {error}", f"{frame.filename}, line {frame.lineno}", "report it with this message")

@@ -97,6 +97,9 @@ def preprocess(dataset_name: str, plan: Plan, configuration: str, processes: int
         waiting = [case for case in cases if not is_current(folder, case.identifier, settings, _source(case))]
         if len(waiting) < len(cases):
             print(f"{dataset_name} {configuration}: {len(cases) - len(waiting)} of {len(cases)} cases are finished already")
+        gone = sorted({file.stem for file in folder.glob("*.json")} - {case.identifier for case in cases})
+        if gone:
+            print(f"{dataset_name} {configuration}: {len(gone)} stored cases are not in the raw dataset and stay in the store: {', '.join(gone[:5])}")
         work = partial(_preprocess_case, config=config, folder=folder, settings=settings)
         return run_all(work, waiting, [case.identifier for case in waiting], processes, f"preprocessing {dataset_name} {configuration}")[1]
 

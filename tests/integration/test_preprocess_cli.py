@@ -4,9 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 
 from nnssl_ext.cli import extract_fingerprint, plan_and_preprocess, plan_experiment, preprocess
 from nnssl_ext.core import files
@@ -14,6 +18,7 @@ from nnssl_ext.preprocessing.crop import body_mask
 from nnssl_ext.preprocessing.store import CaseStore
 from tests.make_raw import body_volume, nnunet_dataset, pretrain_dataset, write_image
 
+ROOT = Path(__file__).parents[2]
 FAST = ["-gpu_memory_target", "0.5", "-np", "1"]
 
 
@@ -83,12 +88,13 @@ def test_finished_cases_are_skipped_and_changed_ones_redone(folders, capsys):
 
 def test_one_and_two_processes_write_identical_stores(folders):
     nnunet_dataset(folders["nnssl_raw"])
-    plan_and_preprocess.main(["-d", "801", *FAST])
-    single = hashes(store_of(folders))
-    for file in store_of(folders).iterdir():
+    plan_and_preprocess.main(["-d", "801", "-c", "onemmiso", *FAST])
+    store = store_of(folders, configuration="onemmiso")
+    single = hashes(store)
+    for file in store.iterdir():
         file.unlink()
-    assert preprocess.main(["-d", "801", "-np", "2"]) == 0
-    assert hashes(store_of(folders)) == single
+    assert preprocess.main(["-d", "801", "-c", "onemmiso", "-np", "2"]) == 0
+    assert hashes(store) == single
 
 
 def test_bad_cases_are_listed_with_exit_code_1_and_the_others_are_done(folders, capsys):
@@ -164,6 +170,75 @@ def test_a_full_disk_ends_with_exit_code_2_and_keeps_what_was_written(folders, c
     assert len(CaseStore(store_of(folders))) == 3
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_leaves_nothing_half_written(call, number, folders, capsys, monkeypatch):
+    nnunet_dataset(folders["nnssl_raw"], cases=2)
+    plan_and_preprocess.main(["-d", "801", *FAST])
+    for file in store_of(folders).iterdir():
+        file.unlink()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, call, fail)
+    capsys.readouterr()
+    assert preprocess.main(["-d", "801", "-np", "1"]) == 2
+    assert "could not write" in error_of(capsys)
+    assert list(store_of(folders).iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_disk_that_fills_up_inside_a_file_leaves_nothing_half_written(processes, folders):
+    nnunet_dataset(folders["nnssl_raw"], cases=3)
+    plan_and_preprocess.main(["-d", "801", *FAST])
+    arrays = [file.stat().st_size for file in store_of(folders).glob("*.b2nd")]
+    for file in store_of(folders).iterdir():
+        file.unlink()
+    limited = (  # a limit of file size stands in for a full disk; its error number is handed on as that of a full disk
+        "import errno, resource, signal, sys; from nnssl_ext.core import files; from nnssl_ext.cli import preprocess\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({min(arrays) // 2}, resource.RLIM_INFINITY)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "files._DISK_ERRORS[errno.EFBIG] = 'the disk is full'\n"
+        f"if __name__ == '__main__': sys.exit(preprocess.main(['-d', '801', '-np', '{processes}']))\n"
+    )
+    script = folders["nnssl_raw"] / "limited.py"
+    script.write_text(limited)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "the disk is full" in ended.stderr and len(ended.stderr.strip().splitlines()) <= 3, ended.stderr
+    assert [file for file in store_of(folders).iterdir() if not file.name.startswith(".lock")] == []
+
+
+def test_cases_that_left_the_raw_dataset_are_named(folders, capsys):
+    raw = nnunet_dataset(folders["nnssl_raw"])
+    plan_and_preprocess.main(["-d", "801", *FAST])
+    (raw / "imagesTr" / "case1_0000.nii.gz").unlink()
+    capsys.readouterr()
+    assert preprocess.main(["-d", "801", "-np", "1"]) == 0
+    assert "1 stored cases are not in the raw dataset and stay in the store: case1" in capsys.readouterr().out
+
+
+def test_a_landmark_keeps_its_place_in_the_world(folders):
+    """A bright ball's centre of mass, in mm, before and after cropping, normalisation and resampling of an oblique volume."""
+    shape, centre, spacing, angle = (48, 40, 44), (21.0, 17.0, 26.0), (2.0, 1.5, 1.5), 0.3
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    distance = np.sqrt(sum(((g - c) * s) ** 2 for g, c, s in zip((z, y, x), centre, spacing)))
+    body = np.where(sum(((g - n / 2) / (0.4 * n)) ** 2 for g, n in zip((z, y, x), shape)) < 1, 0.0, -1000.0)
+    image = SimpleITK.GetImageFromArray((body + 300 * np.exp(-((distance / 6) ** 2)) * (body == 0)).astype(np.int16))
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin((5, -60, 12))
+    image.SetDirection((np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1))
+    folder = nnunet_dataset(folders["nnssl_raw"], cases=1)
+    SimpleITK.WriteImage(image, str(folder / "imagesTr" / "case0_0000.nii.gz"))
+    assert plan_and_preprocess.main(["-d", "801", "-c", "onemmiso", *FAST]) == 0
+    store = CaseStore(store_of(folders, configuration="onemmiso"))
+    parameters = store.info(0)["normalization"][0]
+    bright = np.clip(store.read(0)[0] * parameters["scale"] + parameters["shift"] - 50, 0, None)
+    grids = np.meshgrid(*(np.arange(n) for n in store.shape(0)), indexing="ij")
+    found = store.geometry(0).to_world([float((bright * g).sum() / bright.sum()) for g in grids])
+    assert found == pytest.approx(image.TransformContinuousIndexToPhysicalPoint(centre[::-1]), abs=0.1)
+
+
 def test_a_store_in_use_is_refused(folders, capsys):
     nnunet_dataset(folders["nnssl_raw"])
     plan_and_preprocess.main(["-d", "801", *FAST])
@@ -171,17 +246,3 @@ def test_a_store_in_use_is_refused(folders, capsys):
     with files.FolderLock(store_of(folders)):
         assert preprocess.main(["-d", "801", "-np", "1"]) == 2
     assert "in use by process" in error_of(capsys)
-
-
-def _die(number: int) -> int:
-    if number == 2:
-        os._exit(9)
-    return number
-
-
-def test_a_worker_that_dies_loses_only_its_own_case():
-    from nnssl_ext.preprocessing.parallel import run_all
-
-    results, failures = run_all(_die, range(5), [str(i) for i in range(5)], 2, "test")
-    assert results == {"0": 0, "1": 1, "3": 3, "4": 4}
-    assert "worker process died" in failures["2"]
