@@ -59,6 +59,7 @@ def read_header(path: Path) -> Geometry:
         raise UserError("image file not found" if not path.is_symlink() else "broken link", path, "restore the file or take the case out of the index")
     if path.stat().st_size == 0:
         raise UserError("the image file is empty", path, _WHOLE)
+    stored = _nifti_spacing(path) if path.name.endswith(_NIFTI) else ()
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -66,7 +67,6 @@ def read_header(path: Path) -> Geometry:
     except RuntimeError as error:
         raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
     size, spacing = reader.GetSize(), reader.GetSpacing()
-    stored = _nifti_spacing(path) if path.name.endswith(_NIFTI) else spacing
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"the image has {reader.GetNumberOfComponents()} values per voxel (colour or vector), one is needed", path, "split it into channels")
     if len(size) != 3:
@@ -74,7 +74,7 @@ def read_header(path: Path) -> Geometry:
     if sum(n > 1 for n in size) < 3:
         raise UserError(f"the image is 2D ({_size(size)} voxels), 3D is needed", path, "leave the case out")
     if not all(np.isfinite(s) and s > 0 for s in (*spacing, *stored)):
-        raise UserError(f"the spacing {_short(stored)} is not positive", path, "repair the header")
+        raise UserError(f"the spacing {_short(stored or spacing)} is not positive", path, "repair the header")
     return Geometry(size[::-1], spacing[::-1], reader.GetOrigin(), reader.GetDirection())
 
 
@@ -118,6 +118,8 @@ def _nifti_bytes(path: Path, count: int = -1) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             return file.read(count)
+    except gzip.BadGzipFile:
+        raise UserError("the file's name ends in .gz, but it isn't compressed", path, "rename it or copy it again") from None
     except _NIFTI_ERRORS as error:
         raise UserError(f"the image is truncated or damaged: {_reason(error)}", path, _WHOLE) from None
 
@@ -137,6 +139,8 @@ def _check_finite(values: np.ndarray, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if "Unable to determine ImageIO reader" in str(error):
+        return "it is of no known image format"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("Reason: ")]
     return re.sub(r"^ITK ERROR: (\w+\(0x[0-9a-f]+\): )?", "", lines[-1])[:120] if lines else type(error).__name__
 

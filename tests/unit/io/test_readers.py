@@ -41,7 +41,7 @@ def fails(path, message):
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95, 0.999])
 def test_a_truncated_file_is_named(share, tmp_path):
     path = write_image(tmp_path / "image.nii.gz", body_volume())
     content = path.read_bytes()
@@ -76,7 +76,10 @@ def test_series_colour_constant_empty_and_missing_files_are_refused(tmp_path):
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
     fails(tmp_path / "link.nii.gz", "broken link")
     (tmp_path / "text.nii.gz").write_text("not an image")
-    fails(tmp_path / "text.nii.gz", "header can't be read")
+    fails(tmp_path / "text.nii.gz", "isn't compressed")
+    for ending in ("nii", "nrrd", "mha"):
+        (tmp_path / f"text.{ending}").write_text("not an image")
+        fails(tmp_path / f"text.{ending}", "header can't be read")
     colour = SimpleITK.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True)
     SimpleITK.WriteImage(colour, str(tmp_path / "colour.nrrd"))
     fails(tmp_path / "colour.nrrd", "3 values per voxel")
