@@ -25,8 +25,8 @@ from nnssl_ext.evaluation.report import Section, write_page
 from nnssl_ext.finetuning import nnunet_trainers
 from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 
-FINETUNE = {EPOCHS_VARIABLE: "6", ITERATIONS_VARIABLE: "20"}
-PRETRAIN = ("epochs=10", "iterations=20", "batch_size=2")
+FINETUNE = {EPOCHS_VARIABLE: "10", ITERATIONS_VARIABLE: "30"}
+PRETRAIN = ("epochs=12", "iterations=25", "batch_size=2")
 TRAINER = "nnsslResEncTrainer_short"
 _PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log
 FOLDERS = ("nnssl_raw", "nnssl_preprocessed", "nnssl_results", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -113,10 +113,17 @@ class Demo:
 
     def page(self, run: Path, report: str, scores: dict[str, dict[str, Any]]) -> Path:
         """Write index.html."""
-        sections = [self._data(), self._plan(), _pretraining(run), _export(report), self._finetuning(scores), self._commands()]
+        sections = [
+            self._data(),
+            self._plan(),
+            _pretraining(run),
+            _export(report.replace(str(self.folder), "$DEMO")),
+            self._finetuning(scores),
+            self._commands(),
+        ]
         note = (
             "This is a smoke run: minutes of training on a handful of volumes. It shows that every step works together; its Dice values say nothing about "
-            "what pretraining is worth. " + self.data["sentence"]
+            f"what pretraining is worth. Data are {self.data['sentence']}."
         )
         path = self.folder / "index.html"
         lead = "From raw volumes to a network that stock nnU-Net fine-tuned from a self-supervised checkpoint, on this machine's CPU."

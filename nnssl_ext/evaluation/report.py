@@ -28,7 +28,7 @@ class Section:
         self.parts.append({"kind": "text", "text": text})
 
     def list(self, items: Sequence[str]) -> None:
-        self.parts.append({"kind": "list", "items": items})
+        self.parts.append({"kind": "list", "entries": items})
 
     def code(self, text: str) -> None:
         self.parts.append({"kind": "code", "text": text})

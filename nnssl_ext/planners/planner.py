@@ -37,7 +37,7 @@ class Planner:
         "resenc": ((0, "nano"), (2, "tiny"), (6, "S"), (8, "M"), (20, "L")),
         "primus": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "B"), (20, "M"), (40, "L")),
     }
-    limits: tuple[tuple[float, int, int], ...] = ((0, 32**3, 4), (1, 64**3, 4), (6, 192**3, 64))
+    limits: tuple[tuple[float, int, int], ...] = ((0, 32**3, 4), (1, 48**3, 4), (2, 64**3, 4), (6, 192**3, 64))
 
     def __init__(self, fingerprint: dict[str, Any], memory_gb: float) -> None:
         self.fingerprint, self.memory_gb = fingerprint, memory_gb

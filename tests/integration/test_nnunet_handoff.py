@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
@@ -248,6 +249,13 @@ def test_a_trainer_takes_the_file_and_makes_a_step(preprocessed, tmp_path, monke
     nnunet.set_deep_supervision_enabled(False)
     with torch.no_grad():
         assert nnunet.network(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 3, 32, 32, 32)
+
+    nnunet.save_checkpoint(f"{nnunet.output_folder}/checkpoint_final.pth")
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)  # stock prediction: sliding window, mirroring
+    predictor.initialize_from_trained_model_folder(nnunet.output_folder_base, (0,))
+    assert all(torch.equal(value, nnunet.network.state_dict()[key]) for key, value in predictor.network.state_dict().items())
+    logits = predictor.predict_sliding_window_return_logits(torch.randn(1, 36, 40, 36))
+    assert logits.shape == (3, 36, 40, 36) and bool(torch.isfinite(logits).all())
 
 
 @pytest.mark.parametrize("trainer", ["nnsslResEncTrainer_short", "nnsslPrimusTrainer_short"])
