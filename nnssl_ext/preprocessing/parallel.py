@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from collections import deque
@@ -86,7 +88,7 @@ def _pooled(function: Callable[[Any], Any], waiting: deque[Numbered], processes:
     """Take items from `waiting` and yield their outcomes, until all are done or a worker dies; returns the items lost with it."""
     running: dict[Future[Any], Numbered] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(waiting)), context, initializer=_ignore_interrupt) as pool:
+    with ProcessPoolExecutor(min(processes, len(waiting)), context, initializer=_live_and_die_with_parent) as pool:
         while waiting or running:
             try:
                 while waiting and len(running) <= processes:  # one ahead, so that no worker waits for its next item
@@ -104,8 +106,15 @@ def _pooled(function: Callable[[Any], Any], waiting: deque[Numbered], processes:
     return []
 
 
-def _ignore_interrupt() -> None:  # Ctrl-C ends the main process, which ends the workers after their present case
+def _live_and_die_with_parent() -> None:
+    """Ctrl-C is the parent's to answer: it lets the present cases finish. When the parent is killed, its workers must not stay behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(function: Callable[[Any], Any], item: Any) -> Any:
