@@ -1,6 +1,7 @@
 """Reading volumes: geometry is kept, defects are named."""
 
 import gzip
+import itertools
 import struct
 
 import numpy as np
@@ -32,6 +33,22 @@ def test_world_coordinates_equal_simpleitks_for_an_oblique_volume(tmp_path):
     geometry = read_header(tmp_path / "oblique.nii.gz")
     for voxel in [(0, 0, 0), (3, 7, 11), (19, 23, 27)]:
         assert geometry.to_world(voxel) == pytest.approx(image.TransformIndexToPhysicalPoint(voxel[::-1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_all_48_orientations_keep_voxels_and_world_coordinates(ending, tmp_path):
+    array = body_volume((5, 6, 7))
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            image = SimpleITK.GetImageFromArray(array)
+            image.SetSpacing((0.7, 1.3, 2.5))
+            image.SetOrigin((-5, 8, 3))
+            image.SetDirection((np.eye(3)[list(axes)] * signs).ravel())
+            SimpleITK.WriteImage(image, str(tmp_path / f"image{ending}"))
+            read, geometry = read_volume(tmp_path / f"image{ending}")
+            assert np.array_equal(read, array)
+            for voxel in itertools.product((0, 4), (0, 5), (0, 6)):
+                assert geometry.to_world(voxel) == pytest.approx(image.TransformIndexToPhysicalPoint(voxel[::-1]), abs=1e-4)
 
 
 def fails(path, message):
