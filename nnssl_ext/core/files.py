@@ -114,13 +114,23 @@ class FolderLock:
     """Keeps a second process out of a folder; a lock whose process is gone is taken over, its unfinished files are removed.
 
     Raises:
-        UserError: the folder is in use by a live process of this host, or by any process of another host.
+        UserError: the folder is in use by a live process of this host, or by any process of another host; it can't be used at all.
+        DiskError: the disk is full, read-only or failing.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / ".lock"
 
     def __enter__(self) -> FolderLock:
+        try:
+            return self._take()
+        except OSError as error:
+            reason = _DISK_ERRORS.get(error.errno or 0)
+            if reason:
+                raise DiskError(f"could not write: {reason}", self.path.parent, "free or change the disk and run the same command again") from error
+            raise UserError(f"the folder can't be used: {error.strerror or error}", self.path.parent, "check the path and its permissions") from error
+
+    def _take(self) -> FolderLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
             try:
@@ -128,8 +138,12 @@ class FolderLock:
             except FileExistsError:
                 self._remove_if_stale()
                 continue
-            with os.fdopen(handle, "w") as file:
-                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            except OSError:
+                self.path.unlink(missing_ok=True)  # a lock without owner would keep everyone out
+                raise
             for leftover in self.path.parent.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             return self

@@ -188,6 +188,26 @@ def test_a_disk_that_fails_leaves_nothing_half_written(call, number, folders, ca
     assert list(store_of(folders).iterdir()) == []
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_no_lock(folders, capsys, monkeypatch):
+    nnunet_dataset(folders["nnssl_raw"])
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.json, "dump", fail)
+    assert extract_fingerprint.main(["-d", "801", "-np", "1"]) == 2
+    assert "the disk is full" in error_of(capsys)
+    assert list((folders["nnssl_preprocessed"] / "Dataset801_Test").iterdir()) == []
+
+
+def test_a_file_in_place_of_a_folder_is_named(folders, capsys, monkeypatch):
+    nnunet_dataset(folders["nnssl_raw"])
+    (folders["nnssl_results"] / "file").write_text("")
+    monkeypatch.setenv("nnssl_preprocessed", str(folders["nnssl_results"] / "file"))
+    assert extract_fingerprint.main(["-d", "801", "-np", "1"]) == 2
+    assert "the folder can't be used: Not a directory" in error_of(capsys)
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_disk_that_fills_up_inside_a_file_leaves_nothing_half_written(processes, folders):
     nnunet_dataset(folders["nnssl_raw"], cases=3)
