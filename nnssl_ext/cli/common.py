@@ -8,9 +8,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from nnssl_ext import __version__
 from nnssl_ext.core.errors import UserError
+
+if TYPE_CHECKING:
+    from nnssl_ext.preprocessing.parallel import Workers
 
 DONE, SOME_FAILED, USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -60,8 +64,15 @@ def add_configurations(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-c", metavar="CONFIG", nargs="+", default=["3d_fullres"], help="configurations (default: 3d_fullres)")
 
 
-def add_processes(arguments: argparse.ArgumentParser) -> None:
+def add_workers(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-np", metavar="N", type=_at_least_one, default=min(8, os.cpu_count() or 1), help="worker processes (default: %(default)s)")
+
+
+def workers(options: argparse.Namespace) -> Workers:
+    """Who does the work, as the options of `add_workers` say."""
+    from nnssl_ext.preprocessing.parallel import Workers
+
+    return Workers(options.np)
 
 
 def add_planning(arguments: argparse.ArgumentParser) -> None:

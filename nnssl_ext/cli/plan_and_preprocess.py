@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnssl_ext.cli import extract_fingerprint, plan_experiment, preprocess
-from nnssl_ext.cli.common import add_configurations, add_dataset, add_planning, add_processes, parser, run
+from nnssl_ext.cli.common import add_configurations, add_dataset, add_planning, add_workers, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -14,7 +14,7 @@ def arguments() -> argparse.ArgumentParser:
     add_dataset(result)
     add_planning(result)
     add_configurations(result)
-    add_processes(result)
+    add_workers(result)
     return result
 
 

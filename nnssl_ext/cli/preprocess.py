@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnssl_ext.cli.common import SOME_FAILED, add_configurations, add_dataset, add_processes, parser, run
+from nnssl_ext.cli.common import SOME_FAILED, add_configurations, add_dataset, add_workers, parser, run, workers
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -12,7 +12,7 @@ def arguments() -> argparse.ArgumentParser:
     add_dataset(result)
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     add_configurations(result)
-    add_processes(result)
+    add_workers(result)
     return result
 
 
@@ -35,5 +35,5 @@ def _main(options: argparse.Namespace) -> int:
     for plan in plans:
         for configuration in options.c:
             plan.configuration(configuration)
-    failed = [preprocess(name, plan, configuration, options.np) for name, plan in zip(names, plans) for configuration in options.c]
+    failed = [preprocess(name, plan, configuration, workers(options)) for name, plan in zip(names, plans) for configuration in options.c]
     return SOME_FAILED if any(failed) else 0

@@ -30,6 +30,20 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+class ImageError(UserError):
+    """A file that can't be used as an image.
+
+    Args:
+        kind: the defect as one word, such as "truncated"; see `nnssl_ext.io.integrity`.
+        what, where, fix: as for `UserError`.
+    """
+
+    def __init__(self, kind: str, what: str, where: object = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)
+        self.kind = kind
+        self.args = (kind, what, self.where, fix)  # what pickling hands to the constructor
+
+
 class DiskError(UserError):
     """The disk is full, read-only or failing: going on with other cases makes no sense."""
 

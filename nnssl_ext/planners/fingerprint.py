@@ -15,18 +15,18 @@ from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.io.index import MASKS, Case, read_index
 from nnssl_ext.io.readers import read_case
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
-from nnssl_ext.preprocessing.parallel import run_all
+from nnssl_ext.preprocessing.parallel import Workers, run_all
 
 SCHEMA_VERSION = 1
 SAMPLES = 10_000  # body voxels drawn from each channel of a case
 
 
-def extract_fingerprint(dataset_name: str, processes: int) -> dict[str, Any]:
+def extract_fingerprint(dataset_name: str, workers: Workers) -> dict[str, Any]:
     """Read every case of a dataset and write `dataset_fingerprint.json` to its preprocessed folder.
 
     Args:
         dataset_name: `DatasetXXX_NAME`.
-        processes: worker processes.
+        workers: who does the work.
 
     Returns:
         the fingerprint: `cases` (shape and spacing (z, y, x) in voxels and mm, body box, modalities), `intensities` of the
@@ -38,7 +38,7 @@ def extract_fingerprint(dataset_name: str, processes: int) -> dict[str, Any]:
     cases = read_index(raw_folder(dataset_name))
     folder = preprocessed_folder(dataset_name)
     with FolderLock(folder):
-        found, failed = run_all(_describe, cases, [case.identifier for case in cases], processes, f"fingerprint of {dataset_name}")
+        found, failed = run_all(_describe, cases, [case.identifier for case in cases], workers, f"fingerprint of {dataset_name}")
         if not found:
             first = next(iter(failed.items()))
             raise UserError(f"no case of {dataset_name} could be read; {first[0]}: {first[1].splitlines()[0]}", raw_folder(dataset_name), "mend the files")

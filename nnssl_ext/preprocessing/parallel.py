@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -25,14 +26,25 @@ Numbered = tuple[int, Any]  # an item and its place in the list
 Outcomes = Iterator[tuple[int, Any]]  # its result or exception
 
 
-def run_all(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str], processes: int, title: str) -> tuple[dict[str, Any], dict[str, str]]:
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work.
+
+    Args:
+        processes: worker processes; 1 works in this process.
+    """
+
+    processes: int = 1
+
+
+def run_all(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str], workers: Workers, title: str) -> tuple[dict[str, Any], dict[str, str]]:
     """``function(item)`` for every item, with a progress bar; failures are listed at the end.
 
     Args:
         function: importable function of one argument; an exception is a failure of that item alone.
         items: its arguments.
         names: a name per item.
-        processes: worker processes; 1 works in this process.
+        workers: who does it.
         title: shown at the bar.
 
     Returns:
@@ -48,7 +60,7 @@ def run_all(function: Callable[[Any], Any], items: Sequence[Any], names: Sequenc
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(items))
         start = said = time.monotonic()
-        for index, outcome in _outcomes(function, items, processes):
+        for index, outcome in _outcomes(function, items, workers.processes):
             if isinstance(outcome, DiskError):
                 raise outcome
             if isinstance(outcome, Exception):

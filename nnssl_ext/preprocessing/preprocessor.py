@@ -19,7 +19,7 @@ from nnssl_ext.io.index import Case, read_index
 from nnssl_ext.io.readers import read_case
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
 from nnssl_ext.preprocessing.normalize import find_normalizer
-from nnssl_ext.preprocessing.parallel import run_all
+from nnssl_ext.preprocessing.parallel import Workers, run_all
 from nnssl_ext.preprocessing.resample import resample
 from nnssl_ext.preprocessing.store import is_current, write_case
 
@@ -73,14 +73,14 @@ class Preprocessor:
         return self.config.normalization[modality]
 
 
-def preprocess(dataset_name: str, plan: Plan, configuration: str, processes: int) -> dict[str, str]:
+def preprocess(dataset_name: str, plan: Plan, configuration: str, workers: Workers) -> dict[str, str]:
     """Preprocess all cases of a dataset for one configuration; finished and unchanged cases are skipped.
 
     Args:
         dataset_name: `DatasetXXX_NAME`.
         plan: its plan.
         configuration: name of one of the plan's configurations.
-        processes: worker processes.
+        workers: who does the work.
 
     Returns:
         messages of the cases that failed, by identifier.
@@ -101,7 +101,7 @@ def preprocess(dataset_name: str, plan: Plan, configuration: str, processes: int
         if gone:
             print(f"{dataset_name} {configuration}: {len(gone)} stored cases are not in the raw dataset and stay in the store: {', '.join(gone[:5])}")
         work = partial(_preprocess_case, config=config, folder=folder, settings=settings)
-        return run_all(work, waiting, [case.identifier for case in waiting], processes, f"preprocessing {dataset_name} {configuration}")[1]
+        return run_all(work, waiting, [case.identifier for case in waiting], workers, f"preprocessing {dataset_name} {configuration}")[1]
 
 
 def _preprocess_case(case: Case, config: ConfigPlan, folder: Path, settings: str) -> None:

@@ -68,14 +68,14 @@ def test_a_kill_at_a_random_instant_leaves_whole_cases_and_the_next_run_complete
 
 SCRIPT = """
     import os, sys, time
-    from nnssl_ext.preprocessing.parallel import run_all
+    from nnssl_ext.preprocessing.parallel import Workers, run_all
 
     def work(number):
         with open(f"{sys.argv[1]}/{os.getpid()}", "w"):
             time.sleep(0.2)
 
     if __name__ == "__main__":
-        run_all(work, range(1000), [str(i) for i in range(1000)], 2, "test")
+        run_all(work, range(1000), [str(i) for i in range(1000)], Workers(2), "test")
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nnssl_ext.core.errors import DiskError, UserError
 from nnssl_ext.preprocessing import parallel
-from nnssl_ext.preprocessing.parallel import run_all
+from nnssl_ext.preprocessing.parallel import Workers, run_all
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +26,7 @@ def _square(number):
 
 
 def test_failures_are_listed_at_the_end_and_the_others_are_done(capsys):
-    results, failures = run_all(_square, [1, 3, 4, 5, 6], list("abcde"), 1, "squares")
+    results, failures = run_all(_square, [1, 3, 4, 5, 6], list("abcde"), Workers(1), "squares")
     assert results == {"a": 1, "c": 16, "e": 36}
     assert failures["b"] == "three is bad\n  where: here\n  fix: take four"
     assert failures["d"].startswith("unexpected ZeroDivisionError: five\n  where: ") and "test_parallel.py" in failures["d"]
@@ -36,18 +36,18 @@ def test_failures_are_listed_at_the_end_and_the_others_are_done(capsys):
 
 def test_a_full_disk_stops_the_work():
     with pytest.raises(DiskError, match="the disk is full"):
-        run_all(_square, [1, 7, 3], list("abc"), 1, "squares")
+        run_all(_square, [1, 7, 3], list("abc"), Workers(1), "squares")
 
 
 def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(parallel, "PLAIN_EVERY_S", 0.0)
-    run_all(_square, [1, 2], list("ab"), 1, "squares")
+    run_all(_square, [1, 2], list("ab"), Workers(1), "squares")
     assert "squares: 1 of 2, about 0 min left" in capsys.readouterr().out
 
 
 SCRIPT = """
     import os, sys, time
-    from nnssl_ext.preprocessing.parallel import run_all
+    from nnssl_ext.preprocessing.parallel import Workers, run_all
 
     def work(number):
         if number == 2 or number == int(sys.argv[1]):
@@ -56,7 +56,7 @@ SCRIPT = """
         return number
 
     if __name__ == "__main__":
-        results, failures = run_all(work, range(12), [str(i) for i in range(12)], 2, "test")
+        results, failures = run_all(work, range(12), [str(i) for i in range(12)], Workers(2), "test")
         print(sorted(int(name) for name in results), sorted(failures), set(failures.values()))
 """
 
