@@ -14,7 +14,7 @@ def random_pairs(count):
         target = rng.uniform(0.5, 2, 3)
         if rng.random() < 0.4:
             spacing[rng.integers(3)] *= 5
-        yield rng.integers(2, 40, 3), rng.integers(2, 40, 3), spacing, target, rng.integers(10**6)
+        yield rng.integers(2, 90, 3), rng.integers(2, 90, 3), spacing, target, rng.integers(10**6)
 
 
 @pytest.mark.nnunet
