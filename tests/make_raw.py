@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from nnssl_ext.core.rng import sample_rng
 
@@ -57,3 +60,103 @@ def pretrain_dataset(root: Path, subjects: int = 3, name: str = "Dataset802_Test
     datasets = {"7": {"dataset_index": "7", "name": "test", "dataset_info": {}, "subjects": entries}}
     (folder / "pretrain_data.json").write_text(json.dumps({"collection_index": 802, "collection_name": name, "datasets": datasets}))
     return folder
+
+
+CT_IMAGE, MR_IMAGE, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
+
+
+def dicom_slice(array: np.ndarray, number: int = 0, series: str = "1.2.3.1", **tags: Any) -> FileDataset:
+    """A DICOM image of one plane (y, x) or of frames (z, y, x), int16; `tags` by keyword, None takes one out."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = CT_IMAGE, f"{series}.{number + 1}", ExplicitVRLittleEndian
+    content = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    values = {
+        "SOPClassUID": CT_IMAGE,
+        "SOPInstanceUID": f"{series}.{number + 1}",
+        "SeriesInstanceUID": series,
+        "StudyInstanceUID": "1.2.3",
+        "PatientID": "MUELLER-1970",
+        "PatientName": "Mueller^Eva",
+        "Modality": "CT",
+        "InstanceNumber": number + 1,
+        "RescaleSlope": 1,
+        "RescaleIntercept": 0,
+        "Rows": array.shape[-2],
+        "Columns": array.shape[-1],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 16,
+        "BitsStored": 16,
+        "HighBit": 15,
+        "PixelRepresentation": 1,
+        "PixelData": array.astype("<i2").tobytes(),
+    }
+    for key, value in {**values, **({"NumberOfFrames": len(array)} if array.ndim == 3 else {}), **tags}.items():
+        if value is not None:
+            setattr(content, key, value)
+    if "PixelData" in content:
+        content["PixelData"].VR = "OW"
+    return content
+
+
+def write_dicom(
+    folder: Path,
+    array: np.ndarray,
+    spacing: Sequence[float] = (3.0, 2.0, 2.0),
+    origin: Sequence[float] = (10.0, -20.0, 30.0),
+    direction: Any = None,
+    series: str = "1.2.3.1",
+    leave_out: Sequence[int] = (),
+    **tags: Any,
+) -> Path:
+    """Write (z, y, x) as a DICOM series with spacing (z, y, x) and origin (x, y, z).
+
+    Args:
+        direction: 3 x 3 matrix, columns are the x, y and z axes (the identity without it).
+        series: SeriesInstanceUID.
+        leave_out: slices that are not written.
+        **tags: values by DICOM keyword, or functions of the slice's number that give them; None takes a tag out.
+    """
+    axes = np.eye(3) if direction is None else np.reshape(direction, (3, 3))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, plane in enumerate(array):
+        if number in leave_out:
+            continue
+        geometry = {
+            "ImagePositionPatient": [float(v) for v in np.asarray(origin) + number * spacing[0] * axes[:, 2]],
+            "ImageOrientationPatient": [float(v) for v in (*axes[:, 0], *axes[:, 1])],
+            "PixelSpacing": [float(spacing[1]), float(spacing[2])],
+        }
+        special = {key: value(number) if callable(value) else value for key, value in tags.items()}
+        name = f"{series.rpartition('.')[2]}_{number:04d}.dcm"
+        dicom_slice(plane, number, series, **{**geometry, **special}).save_as(folder / name, enforce_file_format=True)
+    return folder
+
+
+def write_multiframe(
+    path: Path, array: np.ndarray, spacing: Sequence[float] = (3.0, 2.0, 2.0), rescale: Sequence[tuple[float, float]] = (), **tags: Any
+) -> Path:
+    """Write (z, y, x) as one DICOM file with functional groups, frames from bottom to top; `rescale`: slope and intercept of each frame."""
+    frames = []
+    for number in range(len(array)):
+        frame = _nested(PlanePositionSequence=_nested(ImagePositionPatient=[10.0, -20.0, 30.0 + spacing[0] * number]))
+        if rescale:
+            slope, intercept = rescale[number]
+            frame.PixelValueTransformationSequence = [_nested(RescaleSlope=slope, RescaleIntercept=intercept)]
+        frames.append(frame)
+    shared = _nested(
+        PixelMeasuresSequence=_nested(PixelSpacing=[float(spacing[1]), float(spacing[2])]),
+        PlaneOrientationSequence=_nested(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+    )
+    groups = {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": frames, "SOPClassUID": ENHANCED_MR, "Modality": "MR"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dicom_slice(array, **{**groups, "RescaleSlope": None, "RescaleIntercept": None, **tags}).save_as(path, enforce_file_format=True)
+    return path
+
+
+def _nested(**values: Any) -> Dataset:
+    """A DICOM data set; data sets in it become sequences of one item."""
+    result = Dataset()
+    for key, value in values.items():
+        setattr(result, key, [value] if isinstance(value, Dataset) else value)
+    return result

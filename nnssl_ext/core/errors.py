@@ -34,7 +34,7 @@ class ImageError(UserError):
     """A file that can't be used as an image.
 
     Args:
-        kind: the defect as one word, such as "truncated"; see `nnssl_ext.io.integrity`.
+        kind: the defect as one word, such as "truncated"; see `KINDS` in `nnssl_ext.io.readers`.
         what, where, fix: as for `UserError`.
     """
 

@@ -113,6 +113,15 @@ def _from_pretrain_data(file: Path) -> list[Case]:
     return cases
 
 
+def split_selector(path: Path) -> tuple[Path, str]:
+    """File or folder and what follows '#': `folder#SERIES_UID`, `file.h5#dataset`; "" without a '#' or where the path with it exists."""
+    text = str(path)
+    if "#" not in text or path.exists():
+        return path, ""
+    cuts = [place for place, letter in enumerate(text) if letter == "#"]
+    return next(((Path(text[:cut]), text[cut + 1 :]) for cut in reversed(cuts) if Path(text[:cut]).exists()), (Path(text[: cuts[-1]]), text[cuts[-1] + 1 :]))
+
+
 def _resolve(text: str, file: Path) -> Path:
     """An image path with its `$nnssl_raw` prefix replaced; relative paths count from the index file."""
     match = _PREFIX.match(text)

@@ -5,47 +5,81 @@ Arrays are float32 in axis order (z, y, x); geometry is kept as `Geometry`.
 
 from __future__ import annotations
 
-import gzip
-import math
-import re
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
-import SimpleITK
+import psutil
 
-from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.errors import ImageError
 from nnssl_ext.core.geometry import Geometry
-from nnssl_ext.io.index import Case
+from nnssl_ext.io import dicom, dicom_files, hdf5, itk, nifti
+from nnssl_ext.io.index import Case, split_selector
 
 TOLERANCE_MM = 1e-2  # by which origins of the channels of a case may differ
-_WHOLE = "copy or download the file again"
-_NIFTI = (".nii", ".nii.gz")
-_NIFTI_ERRORS = (EOFError, OSError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError)
 
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is checked here and becomes a UserError
+KINDS: dict[str, str] = {
+    "ambiguous": "An HDF5 file holds several 3D datasets and none is named.",
+    "colour": "The image has several values per voxel.",
+    "compression": "The pixel data are compressed in a way that can't be decoded.",
+    "constant": "All voxels have the same value.",
+    "damaged": "Header or content contradict the file format.",
+    "dimensions": "The image is not 3D.",
+    "duplicate": "Several slices of a DICOM series lie at one place.",
+    "empty": "The file has no content.",
+    "format": "The file is of no known image format, or not of the one that its name says.",
+    "gantry": "The slices of a DICOM series are not stacked along their normal (gantry tilt).",
+    "gap": "Slices of a DICOM series are missing or unevenly spaced.",
+    "memory": "The image doesn't fit into this machine's memory.",
+    "mismatch": "The channels of a case lie on different grids.",
+    "missing": "The file, or a file or series that it refers to, doesn't exist.",
+    "mixed": "A folder holds several DICOM series and none is named.",
+    "multiframe": "The frames of a multi-frame DICOM file have no position or can't be rescaled.",
+    "nonfinite": "Voxels are NaN or infinite.",
+    "notimage": "The DICOM object is a segmentation, a structure, a report or the like.",
+    "permission": "The file may not be read.",
+    "pixels": "A DICOM file holds no pixel data.",
+    "position": "Position or orientation is missing or malformed.",
+    "shear": "The axes are not at right angles.",
+    "spacing": "The spacing is missing, zero, negative or no number.",
+    "truncated": "The file ends too early.",
+    "unreadable": "The system could not read the file.",
+    "varying": "The slices of a DICOM series differ in size, orientation, pixel spacing or place in the plane.",
+    # only warnings; the image is read
+    "copies": "A DICOM series holds files twice; the second ones are not used.",
+    "forms": "The two positions in a NIfTI header (qform and sform) contradict each other; the one that SimpleITK prefers is used.",
+    "inverted": "Low numbers of a DICOM image are bright (MONOCHROME1); they are not inverted.",
+    "irregular": "The distances of the slices of a DICOM series vary a little; their mean is used.",
+    "nospacing": "An HDF5 file names no spacing; 1 mm is assumed.",
+    "slope": "The slices of a DICOM series are rescaled differently; each one is rescaled as it says.",
+    "strays": "The folder of a DICOM series also holds files that can't be read.",
+}
+"""All kinds of `ImageError` and of warnings, each with one sentence."""
+
+WARNINGS = frozenset(("copies", "forms", "inverted", "irregular", "nospacing", "slope", "strays"))
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
-    """Read an image (NIfTI, NRRD, MHA, ...) as float32 (z, y, x).
+    """Read an image as float32 (z, y, x).
+
+    Args:
+        path: file (NIfTI, NRRD, MetaImage, HDF5, DICOM), folder of a DICOM series, `folder#SERIES_UID` or `file.h5#dataset`.
 
     Raises:
-        UserError: missing, truncated or unreadable file; not 3D; several components; NaN or infinity; constant.
+        ImageError: its `kind` is one of `KINDS`.
     """
-    geometry = read_header(path)
-    if path.name.endswith(_NIFTI):
-        _check_nifti_voxels(path)
-    try:
-        array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32))
-    except MemoryError:
-        raise UserError(f"the image ({_size(geometry.shape[::-1])} voxels) doesn't fit into memory", path, "check its header; leave the case out") from None
-    except RuntimeError as error:
-        raise UserError(f"the image can't be read: {_reason(error)}", path, _WHOLE) from None
-    _check_finite(array, path)
+    with _typed(path):
+        form, file, selector = _format(path)
+        geometry = form.read_geometry(file, selector)
+        _check_memory(geometry, path)
+        array: np.ndarray = form.read_voxels(file, selector, geometry)
+    wrong = array.size - int(np.isfinite(array).sum())
+    if wrong:
+        raise ImageError("nonfinite", f"the image holds {wrong} voxels that are NaN or infinite", path, "repair the image or leave the case out")
     if array.min() == array.max():
-        raise UserError(f"the image is constant ({array.flat[0]:g} everywhere)", path, "leave the case out")
+        raise ImageError("constant", f"the image is constant ({array.flat[0]:g} everywhere)", path, "leave the case out")
     return array, geometry
 
 
@@ -53,36 +87,41 @@ def read_header(path: Path) -> Geometry:
     """Geometry of an image without reading its voxels.
 
     Raises:
-        UserError: missing or unreadable file; not 3D; several components; spacing or size that is not positive.
+        ImageError: what can be seen without the voxels.
     """
-    if not path.is_file():
-        raise UserError("image file not found" if not path.is_symlink() else "broken link", path, "restore the file or take the case out of the index")
-    if path.stat().st_size == 0:
-        raise UserError("the image file is empty", path, _WHOLE)
-    stored = _nifti_spacing(path) if path.name.endswith(_NIFTI) else ()
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
+    with _typed(path):
+        form, file, selector = _format(path)
+        geometry: Geometry = form.read_geometry(file, selector)
+        return geometry
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that an image path stands for; the path itself where nothing exists."""
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
-    size, spacing = reader.GetSize(), reader.GetSpacing()
-    if reader.GetNumberOfComponents() != 1:
-        raise UserError(f"the image has {reader.GetNumberOfComponents()} values per voxel (colour or vector), one is needed", path, "split it into channels")
-    if len(size) != 3:
-        raise UserError(f"the image is {len(size)}D ({_size(size)}), 3D is needed", path, "split a series into volumes, leave out 2D images")
-    if sum(n > 1 for n in size) < 3:
-        raise UserError(f"the image is 2D ({_size(size)} voxels), 3D is needed", path, "leave the case out")
-    if not all(np.isfinite(s) and s > 0 for s in (*spacing, *stored)):
-        raise UserError(f"the spacing {_short(stored or spacing)} is not positive", path, "repair the header")
-    return Geometry(size[::-1], spacing[::-1], reader.GetOrigin(), reader.GetDirection())
+        form, file, selector = _format(path)
+        found: list[Path] = form.files_of(file, selector)
+        return found
+    except (ImageError, OSError):
+        return [split_selector(path)[0]]
+
+
+def warnings_of(path: Path) -> list[tuple[str, str]]:
+    """Peculiarities, as kind (one of `WARNINGS`) and sentence, of an image that can be read; no voxel is read.
+
+    Raises:
+        ImageError: as `read_header`.
+    """
+    with _typed(path):
+        form, file, selector = _format(path)
+        found: list[tuple[str, str]] = form.warnings_of(file, selector)
+        return found
 
 
 def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
     """All channels of a case as float32 (C, z, y, x).
 
     Raises:
-        UserError: what `read_volume` raises; channels of unequal shape, spacing, origin or direction.
+        ImageError: what `read_volume` raises; channels of unequal shape, spacing, origin or direction.
     """
     volumes = [read_volume(path) for path in case.images]
     first = volumes[0][1]
@@ -90,64 +129,52 @@ def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
         for name in ("shape", "spacing", "origin", "direction"):
             a, b = getattr(first, name), getattr(other, name)
             if not np.allclose(a, b, rtol=0, atol=0 if name == "shape" else TOLERANCE_MM):
-                raise UserError(f"channels of case {case.identifier} differ in {name}: {_short(a)} and {_short(b)}", path, "resample them to one grid")
+                what = f"channels of case {case.identifier} differ in {name}: {itk.short(a)} and {itk.short(b)}"
+                raise ImageError("mismatch", what, path, "resample them to one grid")
     return np.stack([array for array, _ in volumes]), first
 
 
-def _nifti_spacing(path: Path) -> tuple[float, ...]:
-    """Spacing (x, y, z) as the header has it, in the header's unit; SimpleITK replaces zero and NaN by 1."""
-    return tuple(float(mm) for mm in _nifti_header(_nifti_bytes(path, 540), path)["pixdim"][1:4])
-
-
-def _check_nifti_voxels(path: Path) -> None:
-    """What SimpleITK hides: it fills the rest of a cut .nii.gz with zeros and replaces NaN and infinity by 0."""
-    content = _nifti_bytes(path)
-    header = _nifti_header(content, path)
+@contextmanager
+def _typed(path: Path) -> Iterator[None]:
+    """What the system says as an `ImageError`."""
     try:
-        kind, first, count = header.get_data_dtype(), int(header["vox_offset"]), math.prod(int(n) for n in header.get_data_shape())
-    except _NIFTI_ERRORS as error:
-        raise UserError(f"the image's header is damaged: {_reason(error)}", path, _WHOLE) from None
-    if len(content) < first + count * kind.itemsize:
-        raise UserError(f"the image is truncated: {len(content)} of {first + count * kind.itemsize} bytes", path, _WHOLE)
-    if kind.kind == "f":
-        _check_finite(np.frombuffer(content, kind, count, first), path)
+        yield
+    except PermissionError as error:
+        raise ImageError("permission", "the image may not be read", error.filename or path, "change the permissions of the file and its folders") from None
+    except FileNotFoundError as error:
+        raise ImageError("missing", "a file of the image is gone", error.filename or path, "restore it or take the case out of the index") from None
+    except MemoryError:
+        raise ImageError("memory", "the image doesn't fit into memory", path, "check its header; leave the case out") from None
+    except OSError as error:
+        raise ImageError("unreadable", f"the image can't be read: {error.strerror or error}", path, "check the disk") from None
 
 
-def _nifti_bytes(path: Path, count: int = -1) -> bytes:
-    """The first `count` bytes, or all of them, decompressed."""
+def _format(path: Path) -> tuple[Any, Path, str]:
+    """The module that reads an image, and its file or folder and selector.
+
+    Each has `read_geometry(file, selector)`, `read_voxels(file, selector, geometry)`, `files_of(file, selector)` and `warnings_of(file, selector)`.
+    """
+    file, selector = split_selector(path)
+    if file.is_dir():
+        return dicom, file, selector
+    _check_exists(file)
+    if file.name.lower().endswith(hdf5.ENDINGS):
+        return hdf5, file, selector
+    return (dicom if not file.name.lower().endswith(nifti.ENDINGS) and dicom_files.is_dicom(file) else itk), file, selector
+
+
+def _check_exists(file: Path) -> None:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return file.read(count)
-    except gzip.BadGzipFile:
-        raise UserError("the file's name ends in .gz, but it isn't compressed", path, "rename it or copy it again") from None
-    except _NIFTI_ERRORS as error:
-        raise UserError(f"the image is truncated or damaged: {_reason(error)}", path, _WHOLE) from None
+        size = file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        what = "image file not found" if not file.is_symlink() else "broken link"
+        raise ImageError("missing", what, file, "restore the file or take the case out of the index") from None
+    if size == 0:
+        raise ImageError("empty", "the image file is empty", file, "copy or download the file again")
 
 
-def _nifti_header(content: bytes, path: Path) -> Any:
-    """The header of NIfTI 1 or 2, nothing in it corrected."""
-    kind = nibabel.Nifti2Header if 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big")) else nibabel.Nifti1Header
-    try:
-        return kind(content[: 540 if kind is nibabel.Nifti2Header else 348], check=False)
-    except _NIFTI_ERRORS as error:
-        raise UserError(f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
-
-
-def _check_finite(values: np.ndarray, path: Path) -> None:
-    if not np.isfinite(values).all():
-        raise UserError(f"the image holds {int((~np.isfinite(values)).sum())} voxels that are NaN or infinite", path, "repair the image or leave the case out")
-
-
-def _reason(error: Exception) -> str:
-    if "Unable to determine ImageIO reader" in str(error):
-        return "it is of no known image format"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("Reason: ")]
-    return re.sub(r"^ITK ERROR: (\w+\(0x[0-9a-f]+\): )?", "", lines[-1])[:120] if lines else type(error).__name__
-
-
-def _size(size: tuple[int, ...]) -> str:
-    return " x ".join(str(n) for n in size)
-
-
-def _short(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
+def _check_memory(geometry: Geometry, path: Path) -> None:
+    needed, present = 4.0 * np.prod(geometry.shape, dtype=float), psutil.virtual_memory().total
+    if needed > present:
+        what = f"the image doesn't fit into memory: {itk.short_size(geometry.shape[::-1])} voxels, {needed / 2**30:,.0f} GiB"
+        raise ImageError("memory", what, path, "check its header; leave the case out")
