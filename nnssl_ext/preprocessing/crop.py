@@ -9,7 +9,7 @@ from nnssl_ext.core.geometry import Box
 
 AIR_HU = -500.0
 MARGIN = 2  # voxels kept around the body
-_COARSE = 2_000_000  # voxels above which components are found on a subsampled mask
+_COARSE = 2_000_000  # voxels above which a subsampled grid is searched
 
 
 def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
@@ -24,9 +24,9 @@ def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
     Returns:
         bool (z, y, x).
     """
-    threshold = AIR_HU if modality.upper().startswith("CT") else otsu(volume)
-    mask = volume > threshold
     step = max(1, int(np.ceil((volume.size / _COARSE) ** (1 / 3))))
+    threshold = AIR_HU if modality.upper().startswith("CT") else otsu(volume[::step, ::step, ::step])
+    mask = volume > threshold
     coarse = mask[::step, ::step, ::step]
     labels, count = ndimage.label(coarse)
     if count == 0:
@@ -36,18 +36,38 @@ def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
         sizes[0] = 0
         coarse = labels == sizes.argmax()
     for axis in range(3):  # lungs and bowel gas belong to the body, air around the arms does not
-        slices = np.moveaxis(coarse, axis, 0)
-        coarse = np.moveaxis(np.stack([ndimage.binary_fill_holes(cut) for cut in slices]), 0, axis)
+        coarse = _fill_holes(coarse, axis)
     if step == 1:
         return coarse
-    corners = np.ones((3, 3, 3), bool)
-    sure, near = ndimage.binary_erosion(coarse, corners, border_value=1), ndimage.binary_dilation(coarse, corners)
-    return _refined(sure, step, volume.shape) | (_refined(near, step, volume.shape) & mask)  # the surface to the voxel
+    sure, near = (grid.repeat(step, 1)[:, : mask.shape[1]].repeat(step, 2)[:, :, : mask.shape[2]] for grid in (~_dilated(~coarse), _dilated(coarse)))
+    for first in range(step):  # the surface to the voxel
+        planes = mask[first::step]
+        planes &= near[: len(planes)]
+        planes |= sure[: len(planes)]
+    return mask
 
 
-def _refined(coarse: np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    fine = coarse.repeat(step, 0).repeat(step, 1).repeat(step, 2)
-    return fine[: shape[0], : shape[1], : shape[2]]
+def _fill_holes(mask: np.ndarray, axis: int) -> np.ndarray:
+    """Fill what no path within a slice connects to the slice's border, for all slices across an axis at once."""
+    within = np.zeros((3, 3, 3), bool)
+    within[1] = ndimage.generate_binary_structure(2, 1)
+    labels, count = ndimage.label(~mask, np.swapaxes(within, 0, axis))
+    outside = np.zeros(count + 1, bool)
+    for other in {0, 1, 2} - {axis}:
+        for end in (0, -1):
+            outside[labels.take(end, other)] = True
+    outside[0] = False
+    return ~outside[labels]
+
+
+def _dilated(mask: np.ndarray) -> np.ndarray:
+    """By one voxel in all directions, corners too."""
+    for axis in range(3):
+        old, new = np.swapaxes(mask, 0, axis), np.swapaxes(grown := mask.copy(), 0, axis)
+        new[1:] |= old[:-1]
+        new[:-1] |= old[1:]
+        mask = grown
+    return mask
 
 
 def otsu(volume: np.ndarray) -> float:
@@ -55,10 +75,12 @@ def otsu(volume: np.ndarray) -> float:
 
     Source: Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
-    low, high = np.percentile(volume, (0.5, 99.5))
+    low, high = (float(v) for v in np.percentile(volume, (0.5, 99.5)))
     if low >= high:
         low, high = float(volume.min()), float(volume.max())
-    counts, edges = np.histogram(volume, 256, (low, high if high > low else low + 1))
+    if low >= high:
+        return high
+    counts, edges = np.histogram(volume, 256, (low, high))
     centres = (edges[:-1] + edges[1:]) / 2
     below = counts.cumsum()
     above = counts.sum() - below

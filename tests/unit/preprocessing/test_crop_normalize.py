@@ -2,11 +2,16 @@
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from scipy import ndimage
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.plan import Normalization
+from nnssl_ext.preprocessing import crop
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box, otsu
-from nnssl_ext.preprocessing.normalize import SCHEMES, find_normalizer
+from nnssl_ext.preprocessing.normalize import SCHEMES, find_normalizer, percentiles
 from tests.make_raw import body_volume
 
 
@@ -27,6 +32,45 @@ def test_large_volumes_are_searched_on_a_coarser_grid():
     body = ball((160, 160, 160), (80, 80, 80), 50)
     found = body_mask(np.where(body, 0.0, -1000.0).astype(np.float32), "CT")
     assert np.array_equal(found, body)
+
+
+def plain_body_mask(volume, threshold, step):
+    """The definition step by step: components and holes on a subsampled grid, the surface from the threshold."""
+    mask = volume > threshold
+    coarse = mask[::step, ::step, ::step]
+    labels, _ = ndimage.label(coarse)
+    coarse = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
+    for axis in range(3):
+        for index in range(coarse.shape[axis]):
+            at = (slice(None),) * axis + (index,)
+            coarse[at] = ndimage.binary_fill_holes(coarse[at])
+    if step == 1:
+        return coarse
+    index = np.ix_(*(np.arange(n) // step for n in volume.shape))
+    corners = np.ones((3, 3, 3), bool)
+    sure, near = ndimage.binary_erosion(coarse, corners, border_value=1), ndimage.binary_dilation(coarse, corners)
+    return sure[index] | (near[index] & mask)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("voxels", [2_000_000, 4000, 500])
+def test_the_mask_equals_its_definition_step_by_step(seed, voxels, monkeypatch):
+    rng = np.random.default_rng(seed)
+    shape = rng.integers(9, 40, 3)
+    volume = ndimage.gaussian_filter(rng.normal(size=shape), rng.uniform(0.5, 2))
+    volume *= 800 / volume.std()
+    monkeypatch.setattr(crop, "_COARSE", voxels)
+    step = max(1, int(np.ceil((volume.size / voxels) ** (1 / 3))))
+    before = volume.copy()
+    assert np.array_equal(body_mask(volume, "CT"), plain_body_mask(volume, -500.0, step))
+    assert np.array_equal(body_mask(volume, "MR"), plain_body_mask(volume, otsu(volume[::step, ::step, ::step]), step))
+    assert np.array_equal(volume, before)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, -1e30])
+def test_a_constant_volume_has_a_threshold_and_is_all_body(value):
+    volume = np.full((4, 5, 6), value, np.float32)
+    assert np.isfinite(otsu(volume)) and body_mask(volume, "MR").all()
 
 
 def test_a_volume_without_any_body_is_all_body():
@@ -77,11 +121,71 @@ def test_every_scheme_can_be_undone_within_its_clipping_range(scheme):
     assert np.allclose(restored, expected, atol=1e-2)
 
 
+finite = st.one_of(st.floats(-3000, 3000, width=32), st.floats(-float(np.float32(1e30)), float(np.float32(1e30)), width=32))
+volumes = arrays(np.float32, array_shapes(min_dims=3, max_dims=3, max_side=6), elements=finite)
+
+
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_a_constant_body_gives_finite_values(scheme):
-    constant = np.full((4, 5, 6), 3.0, np.float32)
+@settings(max_examples=80, deadline=None)
+@given(volume=volumes, seed=st.integers(0, 1000), statistics=st.tuples(finite, st.floats(0, 1e4), finite, finite))
+def test_any_finite_volume_stays_finite_and_can_be_undone(scheme, volume, seed, statistics):
+    mean, std, *limits = statistics
+    body = np.random.default_rng(seed).random(volume.shape) < (0.0, 0.05, 0.7, 1.0)[seed % 4]
+    normalizer = SCHEMES[scheme]()
+    parameters = normalizer.parameters(volume, body, Normalization(scheme, mean, std, min(limits), max(limits)))
+    assert all(np.isfinite(value) for value in parameters.values()) and parameters["scale"] > 0
+    normalized = normalizer.apply(volume, parameters)
+    assert np.isfinite(normalized).all() and normalized.dtype == np.float32
+    clipped = np.clip(volume.astype(np.float64), parameters.get("low"), parameters.get("high"))
+    assume(np.abs(clipped - parameters["shift"]).max() / parameters["scale"] < 1e37)  # beyond it quotients are cut off
+    size = np.abs(clipped).max() + abs(parameters["shift"]) + parameters["scale"] * 1e-30
+    assert np.abs(normalizer.invert(normalized, parameters).astype(np.float64) - clipped).max() <= 1e-6 * size
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("value", [0.0, 3.0, -1024.0, 1e-20, 1e30])
+def test_a_constant_body_is_moved_but_not_blown_up(scheme, value):
+    volume = np.full((4, 5, 6), value, np.float32)
+    volume[0] += np.float32(1)
+    body = np.zeros(volume.shape, bool)
+    body[1:] = True
     normalizer = find_normalizer(scheme)
-    assert np.isfinite(normalizer.apply(constant, normalizer.parameters(constant, np.ones((4, 5, 6), bool), Normalization(scheme, 0, 0, 0, 0)))).all()
+    normalized = normalizer.apply(volume, normalizer.parameters(volume, body, Normalization(scheme, value, 0, value, value)))
+    assert np.isfinite(normalized).all()
+    if scheme != "none":
+        assert np.abs(normalized).max() <= 1 and not normalized[1:].any()
+
+
+@pytest.mark.parametrize("scheme", ["zscore", "percentile"])
+def test_without_a_body_the_whole_volume_counts(scheme):
+    normalizer = find_normalizer(scheme)
+    nothing, everything = np.zeros(VOLUME.shape, bool), np.ones(VOLUME.shape, bool)
+    assert normalizer.parameters(VOLUME, nothing, Normalization(scheme)) == normalizer.parameters(VOLUME, everything, Normalization(scheme))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.uint16, np.int64, np.float64])
+def test_the_ends_of_integer_types_are_normalised_without_overflow(kind):
+    ends = (np.iinfo(kind).min, np.iinfo(kind).max) if np.issubdtype(kind, np.integer) else (-1e38, 1e38)
+    volume = np.array(ends, kind).reshape(1, 1, 2)
+    body = np.ones(volume.shape, bool)
+    normalizer = find_normalizer("zscore")
+    normalized = normalizer.apply(volume, normalizer.parameters(volume, body, Normalization("zscore")))
+    assert np.allclose(normalized, [[[-1, 1]]], atol=1e-5)
+
+
+def test_zscore_statistics_equal_those_in_double_precision():
+    volume = np.random.default_rng(0).normal(1e4, 2, (40, 90, 100)).astype(np.float32)
+    found = SCHEMES["zscore"]().parameters(volume, volume > 9999, Normalization("zscore"))
+    inside = volume[volume > 9999].astype(np.float64)
+    assert found["shift"] == pytest.approx(inside.mean(), rel=1e-10) and found["scale"] == pytest.approx(inside.std(), rel=1e-8)
+
+
+def test_percentiles_of_few_values_are_exact_and_of_many_close():
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(size=1000), rng.normal(size=(3, 1000, 1000)).astype(np.float32)
+    assert percentiles(few, (0.5, 50, 99.5)) == list(np.percentile(few, (0.5, 50, 99.5)))
+    ranks = [100 * (many < value).mean() for value in percentiles(many, (0.5, 50, 99.5))]
+    assert np.allclose(ranks, (0.5, 50, 99.5), atol=(0.03, 0.2, 0.03))
 
 
 def test_an_unknown_scheme_is_refused():
