@@ -66,13 +66,20 @@ def add_configurations(arguments: argparse.ArgumentParser) -> None:
 
 def add_workers(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-np", metavar="N", type=_at_least_one, default=min(8, os.cpu_count() or 1), help="worker processes (default: %(default)s)")
+    help_dask = "work on a Dask cluster: tcp://HOST:PORT of a running scheduler, local, or slurm (-np jobs)"
+    arguments.add_argument("--dask-scheduler", metavar="ADDRESS", help=help_dask)
+
+
+def add_storage(arguments: argparse.ArgumentParser) -> None:
+    help_text = "number format of the stored voxels: float32 is exact; float16 and uint16 take half the space, their largest error is written beside each case"
+    arguments.add_argument("-storage", choices=("float32", "float16", "uint16"), default="float32", help=help_text + " (default: float32)")
 
 
 def workers(options: argparse.Namespace) -> Workers:
     """Who does the work, as the options of `add_workers` say."""
     from nnssl_ext.preprocessing.parallel import Workers
 
-    return Workers(options.np)
+    return Workers(options.np, options.dask_scheduler)
 
 
 def add_planning(arguments: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnssl_ext.cli import extract_fingerprint, plan_experiment, preprocess
-from nnssl_ext.cli.common import add_configurations, add_dataset, add_planning, add_workers, parser, run
+from nnssl_ext.cli.common import add_configurations, add_dataset, add_planning, add_storage, add_workers, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -15,6 +15,8 @@ def arguments() -> argparse.ArgumentParser:
     add_planning(result)
     add_configurations(result)
     add_workers(result)
+    add_storage(result)
+    result.set_defaults(part=0, total_parts=1)
     return result
 
 

@@ -33,7 +33,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_owner()}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -51,6 +51,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _owner() -> str:
+    """This process, in the name of an unfinished file: hash of the host, process number."""
+    return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-{os.getpid()}"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Unfinished files whose process is gone; those of other hosts may be in work and stay."""
+    host = _owner().partition("-")[0]
+    for leftover in folder.glob(".*.tmp"):
+        owner = leftover.name.rsplit(".", 3)[1].partition("-")
+        if owner[0] == host and owner[2].isdigit() and not _alive(int(owner[2])):
+            leftover.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -113,13 +127,18 @@ def sha256_json(content: Any) -> str:
 class FolderLock:
     """Keeps a second process out of a folder; a lock whose process is gone is taken over, its unfinished files are removed.
 
+    Args:
+        folder: what to lock.
+        part: (k, n) locks part k of n: the other parts may be in use at the same time, the folder as a whole may not.
+
     Raises:
         UserError: the folder is in use by a live process of this host, or by any process of another host; it can't be used at all.
         DiskError: the disk is full, read-only or failing.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.path = Path(folder) / ".lock"
+    def __init__(self, folder: Path | str, part: tuple[int, int] | None = None) -> None:
+        self.path = Path(folder) / (".lock" if part is None else f".lock_{part[0]}_of_{part[1]}")
+        self._compatible = "" if part is None else f"_of_{part[1]}"  # ending of the locks that may be held beside this one
 
     def __enter__(self) -> FolderLock:
         try:
@@ -136,7 +155,7 @@ class FolderLock:
             try:
                 handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
-                self._remove_if_stale()
+                _remove_if_stale(self.path)
                 continue
             try:
                 with os.fdopen(handle, "w") as file:
@@ -144,31 +163,45 @@ class FolderLock:
             except OSError:
                 self.path.unlink(missing_ok=True)  # a lock without owner would keep everyone out
                 raise
-            for leftover in self.path.parent.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            try:
+                for other in self.path.parent.glob(".lock*"):
+                    if other != self.path and not (self._compatible and other.name.endswith(self._compatible)):
+                        _remove_if_stale(other)
+                        if other.exists():
+                            raise UserError("the folder is in use by another process", other, "wait for that process to end")
+            except BaseException:
+                self.path.unlink(missing_ok=True)
+                raise
+            _remove_abandoned(self.path.parent)
             return self
         raise UserError("the folder is in use by another process", self.path.parent, "wait for that process to end")
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
 
-    def _remove_if_stale(self) -> None:
-        try:
-            with open(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # of several that find it stale, one removes it; the others see it gone or renewed
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    return
-                owner = _parsed(file.read())
-                if owner and owner["host"] == socket.gethostname() and not _alive(owner["pid"]):
-                    self.path.unlink()
-                    return
-        except FileNotFoundError:
-            return
-        if owner is None:
-            fix = f"make sure that no process uses the folder, then delete {self.path}"
-            raise UserError("the folder is locked, its lock is unreadable", self.path.parent, fix)
-        fix = f"wait for it to end; if it is certainly gone, delete {self.path}"
-        raise UserError(f"the folder is in use by process {owner['pid']} on {owner['host']}", self.path.parent, fix)
+
+def _remove_if_stale(lock: Path) -> None:
+    """Remove a lock whose process is gone.
+
+    Raises:
+        UserError: it is in use.
+    """
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several that find it stale, one removes it; the others see it gone or renewed
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return
+            owner = _parsed(file.read())
+            if owner and owner["host"] == socket.gethostname() and not _alive(owner["pid"]):
+                lock.unlink()
+                return
+    except FileNotFoundError:
+        return
+    if owner is None:
+        fix = f"make sure that no process uses the folder, then delete {lock}"
+        raise UserError("the folder is locked, its lock is unreadable", lock.parent, fix)
+    fix = f"wait for it to end; if it is certainly gone, delete {lock}"
+    raise UserError(f"the folder is in use by process {owner['pid']} on {owner['host']}", lock.parent, fix)
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

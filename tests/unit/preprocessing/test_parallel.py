@@ -10,7 +10,7 @@ import pytest
 
 from nnssl_ext.core.errors import DiskError, UserError
 from nnssl_ext.preprocessing import parallel
-from nnssl_ext.preprocessing.parallel import Workers, run_all
+from nnssl_ext.preprocessing.parallel import SomeFailed, Workers, run_all
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,3 +69,16 @@ def test_a_worker_that_dies_loses_only_its_own_case(second, tmp_path):
     dead = {2, second}
     expected = f"{[i for i in range(12) if i not in dead]} {sorted(str(i) for i in dead)} "
     assert expected in ended.stdout and "worker process died" in ended.stdout, ended.stdout + ended.stderr
+
+
+def _some(numbers):
+    bad = {f"case{n}": UserError(f"{n} is odd") for n in numbers if n % 2}
+    if bad:
+        raise SomeFailed(bad)
+    return numbers
+
+
+def test_an_item_of_several_cases_fails_case_by_case(capsys):
+    results, failures = run_all(_some, [(2, 4), (1, 2, 3)], ["even", "mixed"], Workers(1), "sessions", cases=[2, 3])
+    assert results == {"even": (2, 4)} and failures == {"case1": "1 is odd", "case3": "3 is odd"}
+    assert "sessions: 3 of 5 cases done, 2 failed:" in capsys.readouterr().out

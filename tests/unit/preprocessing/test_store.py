@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.files import write_text
 from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.preprocessing import store_index
 from nnssl_ext.preprocessing.store import CaseStore, is_current, write_case
+from nnssl_ext.preprocessing.store_index import index_file
 
 
 @pytest.fixture
@@ -107,6 +110,107 @@ def test_a_case_is_current_only_with_the_same_settings_source_and_files(store):
 
 def test_other_schema_versions_are_refused(store):
     file = store.folder / "case0.json"
-    file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    write_text(file, file.read_text().replace('"schema_version": 2', '"schema_version": 9'))
     with pytest.raises(UserError, match="schema version 9"):
+        CaseStore(store.folder)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "uint16"])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 3000.0])
+def test_every_form_of_storage_keeps_its_stated_error_bound(storage, spread, tmp_path):
+    rng = np.random.default_rng(0)
+    array = (spread * rng.standard_normal((2, 12, 13, 14)) + 5 * spread * np.arange(2)[:, None, None, None]).astype(np.float32)
+    write_case(tmp_path, "case", array, {"subject": "s", "stored": Geometry((12, 13, 14), (1.0,) * 3).as_dict(), "fill": [0.0, 0.0]}, (8, 8, 8), storage)
+    store = CaseStore(tmp_path)
+    form, read = store.info(0)["storage"], store.read(0)
+    error = np.abs(read.astype(np.float64) - array).max((1, 2, 3))
+    assert read.dtype == np.float32 and form["dtype"] == storage and (error <= form["max_error"]).all()
+    if storage == "float32":
+        assert form["max_error"] == [0, 0] and np.array_equal(read, array)
+    else:
+        assert (error >= np.array(form["max_error"]) / 4).all()  # the bound is not an idle one
+        assert blosc2.open(str(tmp_path / "case.b2nd")).dtype == np.dtype(storage)
+    assert np.array_equal(store.read(0, ((2, 5), (0, 13), (7, 8))), read[:, 2:5, :, 7:8])
+
+
+def test_a_constant_channel_survives_quantisation(tmp_path):
+    array = np.full((1, 4, 5, 6), 7.25, np.float32)
+    write_case(tmp_path, "case", array, {"subject": "s", "stored": Geometry((4, 5, 6), (1.0,) * 3).as_dict(), "fill": [0.0]}, (4, 4, 4), "uint16")
+    assert np.array_equal(CaseStore(tmp_path).read(0), array)
+
+
+def test_float16_refuses_values_beyond_its_range(tmp_path):
+    with pytest.raises(UserError, match="float16 can't hold"):
+        write_case(tmp_path, "case", np.full((1, 4, 5, 6), 1e5, np.float32), {}, (4, 4, 4), "float16")
+
+
+def test_masks_are_kept_beside_the_case_and_read_box_by_box(tmp_path):
+    mask = np.random.default_rng(0).random((6, 7, 8)) > 0.5
+    info = {"subject": "s", "stored": Geometry((6, 7, 8), (1.0,) * 3).as_dict(), "fill": [0.0]}
+    write_case(tmp_path, "a.b", np.zeros((1, 6, 7, 8), np.float32), info, (4, 4, 4), masks={"anatomy_mask": mask, "anonymization_mask": ~mask})
+    store = CaseStore(tmp_path)
+    assert np.array_equal(store.read_mask(0, "anatomy_mask"), mask)
+    assert np.array_equal(store.read_mask(0, "anonymization_mask", ((1, 4), (0, 7), (2, 3))), ~mask[1:4, :, 2:3])
+    with pytest.raises(UserError, match="no mask 'lung'"):
+        store.read_mask(0, "lung")
+    store.verify(0)
+    (tmp_path / "a.b.masks.b2nd").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        store.verify(0)
+
+
+def test_a_file_of_another_size_is_refused_when_it_is_opened(store):
+    file = store.folder / "case1.b2nd"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(UserError, match="isn't the file that was written"):
+        store.read(1)
+
+
+def columns(store):
+    return [store.identifiers, [store.shape(i) for i in range(len(store))], [store.fill(i) for i in range(len(store))], store.data_hash()]
+
+
+def test_the_index_is_written_once_and_gives_the_same_store_without_the_case_files(store, monkeypatch):
+    assert index_file(store.folder).is_file()
+    monkeypatch.setattr(store_index, "read_json", None)  # would fail
+    assert columns(CaseStore(store.folder)) == columns(store)
+
+
+@pytest.mark.parametrize("change", ["added", "replaced", "removed"])
+def test_a_changed_folder_makes_the_index_stale(change, store):
+    before = columns(store)
+    if change == "removed":
+        (store.folder / "case1.json").unlink()
+    else:
+        write_case(store.folder, "case1" if change == "replaced" else "case9", original(2), store.info(2), (16, 16, 16))
+    after = columns(CaseStore(store.folder))
+    assert after != before and after == columns(CaseStore(store.folder))
+    assert after[0] == {"added": ["case0", "case1", "case2", "case9"], "replaced": ["case0", "case1", "case2"], "removed": ["case0", "case2"]}[change]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", None])
+def test_a_broken_or_missing_index_is_made_again(content, store):
+    before = columns(store)
+    if content is None:
+        index_file(store.folder).unlink()
+    else:
+        index_file(store.folder).write_bytes(content)
+    assert columns(CaseStore(store.folder)) == before
+    assert index_file(store.folder).stat().st_size > 100
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_read_without_an_index(store, monkeypatch):
+    index_file(store.folder).unlink()
+
+    def refuse(path):
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr(store_index, "atomic_path", refuse)
+    assert len(CaseStore(store.folder)) == 3 and not index_file(store.folder).exists()
+
+
+def test_cases_of_unequal_channels_are_refused(store):
+    info = {**store.info(0), "fill": [0.0]}
+    write_case(store.folder, "case1", original(1)[:1], info, (16, 16, 16))
+    with pytest.raises(UserError, match="cases of 1 and 2 channels"):
         CaseStore(store.folder)
