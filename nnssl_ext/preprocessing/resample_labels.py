@@ -67,6 +67,16 @@ def _vote(labels: np.ndarray, axes: Sequence[Axis], result: np.ndarray) -> None:
 
 def _largest(around: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     """The label with the largest sum of shares, (n,), of labels and shares (corners, n)."""
+    low, high = around.min(0), around.max(0)
+    is_low, is_high = around == low, around == high
+    ahead = np.where(is_high, shares, 0).sum(0) - np.where(is_low, shares, 0).sum(0)
+    winner = np.where(ahead > 0, high, np.where(ahead < 0, low, nearest))
+    several = np.flatnonzero(~(is_low | is_high).all(0))  # more than two labels; take() keeps the layout, by which sums add corner after corner
+    winner[several] = _largest_of_several(around.take(several, 1), shares.take(several, 1), nearest[several])
+    return winner
+
+
+def _largest_of_several(around: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     winner, best = nearest, np.where(around == nearest, shares, 0).sum(0)
     for label in around:
         total = np.where(around == label, shares, 0).sum(0)
