@@ -73,6 +73,7 @@ def add_workers(arguments: argparse.ArgumentParser) -> None:
 def add_storage(arguments: argparse.ArgumentParser) -> None:
     help_text = "number format of the stored voxels: float32 is exact; float16 and uint16 take half the space, their largest error is written beside each case"
     arguments.add_argument("-storage", choices=("float32", "float16", "uint16"), default="float32", help=help_text + " (default: float32)")
+    arguments.add_argument("-device", choices=("cpu", "cuda"), default="cpu", help="where volumes are resampled (default: cpu)")
 
 
 def workers(options: argparse.Namespace) -> Workers:

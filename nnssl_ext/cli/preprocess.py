@@ -42,6 +42,6 @@ def _main(options: argparse.Namespace) -> int:
     for plan in plans:
         for configuration in options.c:
             plan.configuration(configuration)
-    work = partial(preprocess, workers=workers(options), storage=options.storage, part=part)
+    work = partial(preprocess, workers=workers(options), storage=options.storage, part=part, device=options.device)
     failed = [work(name, plan, configuration) for name, plan in zip(names, plans) for configuration in options.c]
     return SOME_FAILED if any(failed) else 0

@@ -61,11 +61,12 @@ KINDS: dict[str, str] = {
 WARNINGS = frozenset(("copies", "forms", "inverted", "irregular", "nospacing", "slope", "strays"))
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
+def read_volume(path: Path, constant: bool = False) -> tuple[np.ndarray, Geometry]:
     """Read an image as float32 (z, y, x).
 
     Args:
         path: file (NIfTI, NRRD, MetaImage, HDF5, DICOM), folder of a DICOM series, `folder#SERIES_UID` or `file.h5#dataset`.
+        constant: whether all voxels may be equal, as in an empty mask.
 
     Raises:
         ImageError: its `kind` is one of `KINDS`.
@@ -78,7 +79,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, Geometry]:
     wrong = array.size - int(np.isfinite(array).sum())
     if wrong:
         raise ImageError("nonfinite", f"the image holds {wrong} voxels that are NaN or infinite", path, "repair the image or leave the case out")
-    if array.min() == array.max():
+    if not constant and array.min() == array.max():
         raise ImageError("constant", f"the image is constant ({array.flat[0]:g} everywhere)", path, "leave the case out")
     return array, geometry
 
@@ -131,7 +132,7 @@ def read_case(case: Case) -> tuple[np.ndarray, Geometry]:
             if not np.allclose(a, b, rtol=0, atol=0 if name == "shape" else TOLERANCE_MM):
                 what = f"channels of case {case.identifier} differ in {name}: {itk.short(a)} and {itk.short(b)}"
                 raise ImageError("mismatch", what, path, "resample them to one grid")
-    return np.stack([array for array, _ in volumes]), first
+    return (volumes[0][0][None] if len(volumes) == 1 else np.stack([array for array, _ in volumes])), first
 
 
 @contextmanager

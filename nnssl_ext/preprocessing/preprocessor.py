@@ -18,11 +18,12 @@ from nnssl_ext.core.geometry import Box, Geometry, box_slices, resampled_shape
 from nnssl_ext.core.paths import preprocessed_folder, raw_folder
 from nnssl_ext.core.plan import ConfigPlan, Normalization, Plan
 from nnssl_ext.io.index import MASKS, Case, read_index
-from nnssl_ext.io.readers import TOLERANCE_MM, read_case, read_header, read_volume
+from nnssl_ext.io.readers import TOLERANCE_MM, files_of, read_case, read_header, read_volume
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
-from nnssl_ext.preprocessing.normalize import find_normalizer
+from nnssl_ext.preprocessing.normalize import find_normalizer, percentiles
 from nnssl_ext.preprocessing.parallel import SomeFailed, Workers, run_all
 from nnssl_ext.preprocessing.resample import resample
+from nnssl_ext.preprocessing.resample_labels import resample_labels
 from nnssl_ext.preprocessing.store import is_current, write_case
 from nnssl_ext.preprocessing.store_index import load_index
 
@@ -48,6 +49,14 @@ class Loaded:
     box: Box
     masks: dict[str, np.ndarray]
 
+    def cropped(self, box: Box | None = None) -> Loaded:
+        """Arrays cropped to a box, by default to the body's; `geometry` stays that of the whole image."""
+        inside = box_slices(box or self.box)
+        masks = {name: mask[inside[1:]] for name, mask in self.masks.items()}
+        return dataclasses.replace(
+            self, array=np.require(self.array[inside], requirements=("C", "W")), body=self.body[inside[1:]], box=box or self.box, masks=masks
+        )
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -72,7 +81,7 @@ def load(case: Case) -> Loaded:
 
 
 def _read_mask(path: Path, geometry: Geometry) -> np.ndarray:
-    mask, other = read_volume(path)
+    mask, other = read_volume(path, constant=True)
     if not same_grid(geometry, other):
         raise UserError("the mask isn't on the grid of its image", path, "resample it, or take it out of the index")
     return mask > 0
@@ -85,9 +94,15 @@ def same_grid(a: Geometry, b: Geometry) -> bool:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Preprocesses single cases as a configuration says."""
+    """Preprocesses cases as a configuration says.
+
+    Args:
+        config: the configuration.
+        device: "cpu", or "cuda" to resample on the card.
+    """
 
     config: ConfigPlan
+    device: str = "cpu"
 
     def run(self, case: Case) -> Finished:
         """Read and preprocess one case by itself.
@@ -95,7 +110,7 @@ class Preprocessor:
         Raises:
             UserError: unreadable case, or a modality that the plan does not know.
         """
-        return self.finish(load(case))
+        return self.finish(load(case).cropped())
 
     def run_session(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Finished | UserError]]:
         """The images of one visit. Those on the same grid are cropped to a common box, so that they stay registered voxel by voxel.
@@ -116,36 +131,33 @@ class Preprocessor:
             loaded = [other for other in loaded if other not in group]
             box = tuple((min(low for low, _ in edges), max(high for _, high in edges)) for edges in zip(*(other.box for other in group)))
             names = [other.case.identifier for other in group]
-            for other in group:
+            while group:
+                other = group.pop(0).cropped(box)  # the full image is let go
                 try:
-                    yield other.case, self.finish(dataclasses.replace(other, box=box), [name for name in names if name != other.case.identifier])
+                    yield other.case, self.finish(other, [name for name in names if name != other.case.identifier])
                 except UserError as error:
                     yield other.case, error
 
     def finish(self, loaded: Loaded, registered: Sequence[str] = ()) -> Finished:
-        """Crop, normalise and resample what was read.
+        """Normalise and resample what was read and cropped.
 
         Args:
-            loaded: a case with the box to crop to.
+            loaded: a cropped case; its voxels are overwritten.
             registered: identifiers of the other images on the same grid, cropped to the same box.
         """
-        case, inside = loaded.case, box_slices(loaded.box)
-        array, body, geometry = loaded.array[inside], loaded.body[inside[1:]], loaded.geometry.cropped(loaded.box)
-        masks = {name: mask[inside[1:]] for name, mask in loaded.masks.items()}
-        normalized, applied, fill = [], [], []
-        for channel, modality in zip(array, case.modalities):
+        case, result, geometry, masks = loaded.case, loaded.array, loaded.geometry.cropped(loaded.box), loaded.masks
+        applied, fill = [], []
+        for channel, modality in zip(result, case.modalities):
             plan = self._normalization(modality)
             normalizer = find_normalizer(plan.scheme)
-            parameters = normalizer.parameters(channel, body, plan)
-            normalized.append(normalizer.apply(channel, parameters))
+            parameters = normalizer.parameters(channel, loaded.body, plan)
+            channel[:] = normalizer.apply(channel, parameters)
             applied.append({"scheme": plan.scheme, **parameters})
-            fill.append(float(np.percentile(normalized[-1], 0.5)))
-        result = np.stack(normalized)
+            fill.append(percentiles(channel, (0.5,))[0])
         if self.config.spacing is not None:
             shape = resampled_shape(geometry.shape, geometry.spacing, self.config.spacing)
-            order = {key: self.config.resampling[key] for key in ("order", "order_z")}
-            result = resample(result, shape, geometry.spacing, self.config.spacing, **order)
-            masks = {name: self._resampled_mask(mask, shape, geometry.spacing) for name, mask in masks.items()}
+            result = self._resample(result, shape, geometry.spacing, self.config.spacing)
+            masks = {name: resample_labels(mask, shape, geometry.spacing, self.config.spacing) for name, mask in masks.items()}
             geometry = geometry.resampled(shape)
         info = {
             "identifier": case.identifier,
@@ -161,9 +173,13 @@ class Preprocessor:
         }
         return Finished(result, info, masks)
 
-    def _resampled_mask(self, mask: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-        assert self.config.spacing is not None
-        return resample(mask[None].astype(np.float32), shape, spacing, self.config.spacing, order=1)[0] >= 0.5
+    def _resample(self, array: np.ndarray, shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> np.ndarray:
+        order = {key: self.config.resampling[key] for key in ("order", "order_z")}
+        if self.device == "cpu":
+            return resample(array, shape, spacing, target, **order)
+        from nnssl_ext.preprocessing.resample_torch import resample_on  # PyTorch takes seconds to load
+
+        return resample_on(self.device, array, shape, spacing, target, **order)
 
     def _normalization(self, modality: str) -> Normalization:
         if modality not in self.config.normalization:
@@ -173,7 +189,7 @@ class Preprocessor:
 
 
 def preprocess(
-    dataset_name: str, plan: Plan, configuration: str, workers: Workers, storage: str = "float32", part: tuple[int, int] | None = None
+    dataset_name: str, plan: Plan, configuration: str, workers: Workers, storage: str = "float32", part: tuple[int, int] | None = None, device: str = "cpu"
 ) -> dict[str, str]:
     """Preprocess all cases of a dataset for one configuration; finished and unchanged cases are skipped.
 
@@ -183,6 +199,7 @@ def preprocess(
         configuration: name of one of the plan's configurations.
         workers: who does the work.
         storage: number format of the stored voxels, see `store.encode`.
+        device: "cuda" resamples on the card; the numbers differ in the last bits.
         part: (k, n) does every n-th session from the k-th on; the n parts may run at the same time, on different machines.
 
     Returns:
@@ -207,7 +224,7 @@ def preprocess(
         gone = sorted({file.stem for file in folder.glob("*.json")} - {case.identifier for case in cases})
         if gone:
             print(f"{title}: {len(gone)} stored cases are not in the raw dataset and stay in the store: {', '.join(gone[:5])}")
-        work = partial(_preprocess_session, config=config, folder=folder, settings=settings, storage=storage)
+        work = partial(_preprocess_session, config=config, folder=folder, settings=settings, storage=storage, device=device)
         names = [unit[0].identifier if len(unit) == 1 else f"{unit[0].subject}, session {unit[0].session}" for unit in waiting]
         memory = partial(_memory, config=config, known=_described(dataset_name))
         failed = run_all(work, waiting, names, workers, f"preprocessing {title}", memory, [len(unit) for unit in waiting])[1]
@@ -216,7 +233,7 @@ def preprocess(
     return failed
 
 
-def _preprocess_session(cases: Sequence[Case], config: ConfigPlan, folder: Path, settings: str, storage: str) -> None:
+def _preprocess_session(cases: Sequence[Case], config: ConfigPlan, folder: Path, settings: str, storage: str, device: str) -> None:
     """Preprocess and store the images of a session.
 
     Raises:
@@ -225,7 +242,7 @@ def _preprocess_session(cases: Sequence[Case], config: ConfigPlan, folder: Path,
     for case in cases:
         (folder / f"{case.identifier}.json").unlink(missing_ok=True)
     failed: dict[str, UserError] = {}
-    for case, result in Preprocessor(config).run_session(cases):
+    for case, result in Preprocessor(config, device).run_session(cases):
         if isinstance(result, UserError):
             failed[case.identifier] = result
             continue
@@ -266,5 +283,6 @@ def _sessions(cases: Sequence[Case]) -> list[list[Case]]:
 def _source(case: Case) -> list[list[Any]]:
     """Name, size and time of change of every file of a case."""
     paths = [*case.images, *(mask for mask in (case.anatomy_mask, case.anonymization_mask) if mask is not None)]
-    found = [(path, path.stat() if path.is_file() else None) for path in paths]
-    return [[path.name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for path, stat in found]
+    files = [(path.name, file) for path in paths for file in files_of(path)]
+    found = [(name, file.stat() if file.is_file() else None) for name, file in files]
+    return [[name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for name, stat in found]
