@@ -68,21 +68,28 @@ def _vote(labels: np.ndarray, axes: Sequence[Axis], result: np.ndarray) -> None:
 def _largest(around: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     """The label with the largest sum of shares, (n,), of labels and shares (corners, n)."""
     low, high = around.min(0), around.max(0)
-    is_low, is_high = around == low, around == high
-    ahead = np.where(is_high, shares, 0).sum(0) - np.where(is_low, shares, 0).sum(0)
+    ahead = _share(around, shares, high) - _share(around, shares, low)
     winner = np.where(ahead > 0, high, np.where(ahead < 0, low, nearest))
-    several = np.flatnonzero(~(is_low | is_high).all(0))  # more than two labels; take() keeps the layout, by which sums add corner after corner
-    winner[several] = _largest_of_several(around.take(several, 1), shares.take(several, 1), nearest[several])
+    several = np.flatnonzero(((around != low) & (around != high)).any(0))  # more than two labels
+    winner[several] = _largest_of_several(around[:, several], shares[:, several], nearest[several])
     return winner
 
 
 def _largest_of_several(around: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-    winner, best = nearest, np.where(around == nearest, shares, 0).sum(0)
+    winner, best = nearest, _share(around, shares, nearest)
     for label in around:
-        total = np.where(around == label, shares, 0).sum(0)
+        total = _share(around, shares, label)
         better = (total > best) | ((total == best) & (winner != nearest) & (label < winner))
         winner, best = np.where(better, label, winner), np.where(better, total, best)
     return winner
+
+
+def _share(around: np.ndarray, shares: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Sum of a label's shares, (n,), corner after corner: sum() takes them in another order where n is 1, and ties would differ."""
+    total = np.zeros(label.shape)
+    for corner, share in zip(around, shares):
+        total += np.where(corner == label, share, 0)
+    return total
 
 
 def _mixed(labels: np.ndarray) -> np.ndarray:

@@ -51,6 +51,15 @@ def test_ties_of_whole_numbered_factors_are_settled_as_in_nnunet(new):
 
 
 @pytest.mark.nnunet
+@pytest.mark.parametrize("seed", range(40))
+def test_ties_in_tiny_maps_are_settled_as_in_nnunet(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, rng.integers(1, 5, 3)).astype(np.uint8)
+    new, spacing = tuple(labels.shape * rng.choice([1, 2, 3, 5], 3)), rng.permutation([1, 1, 1 + 4 * (seed % 2)])
+    assert np.array_equal(resample_labels(labels, new, spacing, (1, 1, 1)), expected_of_nnunet(labels, new, spacing, (1, 1, 1)))
+
+
+@pytest.mark.nnunet
 def test_negative_labels_and_masks_keep_their_type():
     labels = np.random.default_rng(4).integers(-1, 2, (9, 12, 11)).astype(np.int8)
     assert np.array_equal(resample_labels(labels, (7, 15, 20), (1, 1, 1), (1, 1, 1)), expected_of_nnunet(labels, (7, 15, 20), (1, 1, 1), (1, 1, 1)))
