@@ -208,7 +208,7 @@ class CaseStore:
 
     @cached_property
     def _data_hash(self) -> str:
-        return sha256_json([list(pair) for pair in zip(self.identifiers, self._index.sha256.tolist())])
+        return sha256_json([list(pair) for pair in zip(self.identifiers, self._index.sha256.astype(str).tolist())])
 
     def _file(self, case: int) -> Path:
         return self.folder / f"{self._index.identifiers[case]}.b2nd"

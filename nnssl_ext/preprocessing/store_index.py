@@ -33,7 +33,7 @@ class StoreIndex:
         fill: normalised background of each channel, float32 (N, C).
         scale, offset: stored value * scale + offset is the normalised intensity, float32 (N, C).
         sizes: bytes of the array's file, int64 (N,).
-        sha256: of the array's file, hexadecimal (N,).
+        sha256: of the array's file, hexadecimal in ASCII (N,).
     """
 
     identifiers: np.ndarray
@@ -94,7 +94,7 @@ def _read(folder: Path) -> StoreIndex:
         odd = names[[len(row[2]) for row in rows].index(max(channels))]
         raise UserError(f"cases of {min(channels)} and {max(channels)} channels in one store", folder / odd, "delete the folder and preprocess again")
     columns: list[tuple[Any, ...]] = list(zip(*rows)) or [()] * 7
-    kinds = (None, np.int32, np.float32, np.float32, np.float32, np.int64, None)
+    kinds = (None, np.int32, np.float32, np.float32, np.float32, np.int64, "S64")
     identifiers = np.array([name.removesuffix(".json") for name in names])
     return StoreIndex(identifiers, *(np.array(column, kind) for column, kind in zip(columns, kinds)))
 
