@@ -67,6 +67,9 @@ class ArrayStore:
     def fill(self, case: int) -> list[float]:
         return [float(channel.min()) for channel in self.arrays[case]]
 
+    def body(self, case: int) -> np.ndarray:
+        return np.ones([-(-n // 8) for n in self.shape(case)], bool)
+
     def read(self, case: int, box: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         array = self.arrays[case]
         return array.copy() if box is None else array[(slice(None), *(slice(low, high) for low, high in box))].copy()

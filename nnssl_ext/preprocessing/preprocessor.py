@@ -24,7 +24,7 @@ from nnssl_ext.preprocessing.normalize import find_normalizer, percentiles
 from nnssl_ext.preprocessing.parallel import SomeFailed, Workers, run_all
 from nnssl_ext.preprocessing.resample import resample
 from nnssl_ext.preprocessing.resample_labels import resample_labels
-from nnssl_ext.preprocessing.store import is_current, write_case
+from nnssl_ext.preprocessing.store import is_current, pack_body, write_case
 from nnssl_ext.preprocessing.store_index import load_index
 
 VERSION = 2  # counts up when the same case would be stored with other numbers; older stores are then redone
@@ -170,6 +170,7 @@ class Preprocessor:
             "stored": geometry.as_dict(),
             "normalization": applied,
             "fill": fill,
+            "body": pack_body(loaded.body, result.shape[1:]),
         }
         return Finished(result, info, masks)
 

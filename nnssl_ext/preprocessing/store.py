@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +20,7 @@ from nnssl_ext.core.geometry import Box, Geometry, box_slices
 from nnssl_ext.preprocessing.store_index import SCHEMA_VERSION, load_index
 
 STORAGES = ("float32", "float16", "uint16")
+BODY_CELL = 8  # stored voxels along the edge of a cell of the coarse body mask
 _OPEN_FILES = 64
 _DAMAGED = "delete it and its .json, then preprocess again"
 
@@ -82,6 +85,26 @@ def encode(array: np.ndarray, storage: str) -> tuple[np.ndarray, dict[str, Any]]
             channel[:] = np.rint((source - np.float32(start)) / np.float32(step)).clip(0, 65535)
         error = 0.51 * scale + largest * 2.0**-22  # half a step, and float32 arithmetic
     return values, {"dtype": storage, "scale": scale.tolist(), "offset": offset.tolist(), "max_error": error.tolist()}
+
+
+def pack_body(body: np.ndarray, shape: Sequence[int]) -> dict[str, Any]:
+    """A body mask as cells of the stored grid, for a case's JSON file.
+
+    Args:
+        body: bool (z, y, x), on the grid before resampling.
+        shape: voxels of the stored grid.
+
+    Returns:
+        a cell counts as body where half of the eight voxels at the centres of its octants do.
+    """
+    hits = np.zeros([-(-n // BODY_CELL) for n in shape], np.uint8)
+    for corner in np.ndindex(2, 2, 2):
+        index = []
+        for cells, old, new, side in zip(hits.shape, body.shape, shape, corner):
+            stored = np.minimum((np.arange(cells) + 0.25 + 0.5 * side) * BODY_CELL, new)
+            index.append((stored * old / new).astype(int).clip(0, old - 1))
+        hits += body[np.ix_(*index)]
+    return {"shape": list(hits.shape), "bits": base64.b64encode(np.packbits(hits >= 4).tobytes()).decode()}
 
 
 def is_current(folder: Path, identifier: str, settings: str, source: list[Any]) -> bool:
@@ -156,6 +179,12 @@ class CaseStore:
         """What was written with the case: geometries, boxes, normalisation, storage, masks, hashes; read from its JSON file."""
         content: dict[str, Any] = read_json(self.folder / f"{self._index.identifiers[case]}.json")
         return content
+
+    def body(self, case: int) -> np.ndarray:
+        """Where the body is, coarsely: bool, a cell for every `BODY_CELL` stored voxels along each axis, (ceil(z / 8), ...)."""
+        packed = self.info(case)["body"]
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), np.uint8), count=math.prod(packed["shape"]))
+        return bits.reshape(packed["shape"]).astype(bool)
 
     def geometry(self, case: int) -> Geometry:
         """Of the stored array."""

@@ -11,7 +11,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import write_text
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.preprocessing import store_index
-from nnssl_ext.preprocessing.store import CaseStore, is_current, write_case
+from nnssl_ext.preprocessing.store import CaseStore, is_current, pack_body, write_case
 from nnssl_ext.preprocessing.store_index import index_file
 
 
@@ -214,3 +214,17 @@ def test_cases_of_unequal_channels_are_refused(store):
     write_case(store.folder, "case1", original(1)[:1], info, (16, 16, 16))
     with pytest.raises(UserError, match="cases of 1 and 2 channels"):
         CaseStore(store.folder)
+
+
+def test_the_coarse_body_follows_the_mask_through_resampling(tmp_path):
+    body = np.zeros((20, 30, 26), bool)
+    body[4:16, 6:24, 5:21] = True
+    packed = pack_body(body, (40, 30, 13))
+    info = {"subject": "s", "stored": Geometry((40, 30, 13), (1.0,) * 3).as_dict(), "fill": [0.0], "body": packed}
+    write_case(tmp_path, "case", np.zeros((1, 40, 30, 13), np.float32), info, (8, 8, 8))
+    cells = CaseStore(tmp_path).body(0)
+    fine = body.repeat(2, 0)[:, :, ::2]
+    padded = np.pad(fine, [(0, -n % 8) for n in fine.shape], mode="edge")
+    shares = padded.reshape(5, 8, 4, 8, 2, 8).mean((1, 3, 5))
+    assert cells.shape == (5, 4, 2) and np.array_equal(cells[shares > 0.7], np.ones((shares > 0.7).sum(), bool))
+    assert not cells[shares < 0.2].any() and cells.any() and not cells.all()
