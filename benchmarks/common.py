@@ -70,12 +70,13 @@ def summarize(ours: Sequence[float], peer: Sequence[float], peer_name: str, unit
     return Result(statistics.median(ratios), min(ratios), max(ratios), statistics.median(ours), statistics.median(peer), peer_name, unit, detail)
 
 
-def memory(module: str, side: str, quick: bool) -> dict[str, float]:
-    """Memory in GB of a fresh process that calls ``module.work(side, quick)`` twice: "peak", and "base" after the imports."""
+def memory(module: str, side: str, argument: object, imports: str = "torch") -> dict[str, float]:
+    """Memory in GB of a fresh process that calls ``module.work(side, argument)`` twice: "peak", and "base" after these imports and the module's."""
     code = (
-        f"import json, torch; torch.set_num_threads({THREADS})\n"
+        f"import json, sys, {imports}\n"
+        f"if 'torch' in sys.modules: sys.modules['torch'].set_num_threads({THREADS})\n"
         f"from benchmarks import {module}; from benchmarks.common import resident\n"
-        f"base = resident('VmRSS'); step = {module}.work({side!r}, {quick}); step(); step()\n"
+        f"base = resident('VmRSS'); step = {module}.work({side!r}, {argument!r}); step(); step()\n"
         "print(json.dumps({'base': base, 'peak': resident('VmHWM')}))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
