@@ -29,7 +29,8 @@ from nnssl_ext.preprocessing.parallel import Workers, run_all
 from nnssl_ext.preprocessing.preprocessor import same_grid
 
 COPIED = (".nii.gz", ".nii", ".nrrd", ".mha")  # whole images in one file, which nnU-Net reads as they are
-BYTES_PER_VOXEL = 16  # peak memory of a case, per channel
+BYTES_PER_VOXEL = 16  # peak memory of a case, per channel or label; up to 10 were measured, without what SimpleITK takes
+_SCRATCH = ".split-"
 
 
 def convert(source: Source, dataset_name: str, settings: Mapping[str, Any], workers: Workers, wanted: str | None = None) -> dict[str, str]:
@@ -57,6 +58,8 @@ def convert(source: Source, dataset_name: str, settings: Mapping[str, Any], work
     labelled = any(entry.label for entry in source.entries if not entry.test)
     with FolderLock(folder):
         claim(folder, settings)
+        for abandoned in folder.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         waiting = [entry for entry in source.entries if not _is_current(folder, entry)]
         if len(waiting) < len(source.entries):
             print(f"{dataset_name}: {len(source.entries) - len(waiting)} of {len(source.entries)} cases are finished already")
@@ -68,11 +71,16 @@ def convert(source: Source, dataset_name: str, settings: Mapping[str, Any], work
 
 
 def _ending(source: Source) -> str:
-    """The ending that all files have already, else `.nii.gz`; nnU-Net wants one for all."""
-    paths = [path for entry in source.entries for path in (*entry.case.images, *([entry.label] if entry.label else []))]
+    """The ending that all files have already if every one can be copied, else `.nii.gz`; nnU-Net wants one for all."""
+    paths = [path for entry in source.entries for path in (*entry.case.images, *_beside(entry))]
     found = {next((ending for ending in ENDINGS if path.name.endswith(ending)), "") for path in paths}
-    written = source.relabel or any(_is_4d(entry.case) for entry in source.entries)
-    return found.pop() if len(found) == 1 and found <= set(COPIED) and not written else ".nii.gz"
+    copied = len(found) == 1 and found <= set(COPIED) and not source.relabel and not any(_is_4d(entry.case) for entry in source.entries)
+    return found.pop() if copied and all(files_of(path) == [path] for path in paths) else ".nii.gz"
+
+
+def _beside(entry: Entry) -> list[Path]:
+    """Label and masks of an entry."""
+    return [path for path in (entry.label, *(getattr(entry.case, name) for name in MASKS)) if path is not None]
 
 
 def _is_4d(case: Case) -> bool:
@@ -86,9 +94,8 @@ def _is_current(folder: Path, entry: Entry) -> bool:
 
 def _stamps(entry: Entry) -> list[list[Any]]:
     """Name, size and time of change of every file of an entry."""
-    case = entry.case
-    extra = [path for path in (entry.label, *(getattr(case, name) for name in MASKS)) if path is not None]
-    found = [(file, file.stat() if file.is_file() else None) for path in (*case.images, *extra) for file in files_of(path)]
+    paths = (*entry.case.images, *_beside(entry))
+    found = [(file, file.stat() if file.is_file() else None) for path in paths for file in files_of(path)]
     return [[file.name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
 
 
@@ -100,7 +107,7 @@ def _memory(entry: Entry) -> int:
         shape = image.shape[:3]
     except (UserError, OSError, nibabel.filebasedimages.ImageFileError):
         return 0
-    return BYTES_PER_VOXEL * len(entry.case.modalities) * math.prod(shape)
+    return BYTES_PER_VOXEL * (len(entry.case.modalities) + (entry.label is not None)) * math.prod(shape)
 
 
 def _convert(entry: Entry, source: Source, folder: Path, ending: str, labelled: bool) -> None:
@@ -129,7 +136,7 @@ def _convert(entry: Entry, source: Source, folder: Path, ending: str, labelled: 
     if not _is_4d(case):
         _write(entry, record, source, folder)
         return
-    with tempfile.TemporaryDirectory(prefix=".split-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
         images = split_4d(case.images[0], len(case.modalities), Path(scratch))
         _write(dataclasses.replace(entry, case=dataclasses.replace(case, images=images)), record, source, folder)
 
@@ -220,7 +227,7 @@ def _read_on(path: Path, geometry: Geometry) -> np.ndarray:
 def _place(path: Path | None, target: Path, volume: np.ndarray, geometry: Geometry) -> None:
     """Copy a file that has the right format already, else write its voxels."""
     ending = next(ending for ending in COPIED if target.name.endswith(ending))
-    if path is not None and path.is_file() and path.name.endswith(ending):
+    if path is not None and path.name.endswith(ending) and files_of(path) == [path]:
         with atomic_path(target) as temporary:
             shutil.copyfile(path, temporary)
     else:

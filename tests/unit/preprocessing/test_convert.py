@@ -1,19 +1,22 @@
 """Converted datasets read back as their sources, voxel by voxel and place by place."""
 
+import errno
 import gzip
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
 
-from nnssl_ext.core.errors import ImageError, UserError
+import nnssl_ext.preprocessing.convert as convert_module
+from nnssl_ext.core.errors import DiskError, ImageError, UserError
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.io.index import read_index
 from nnssl_ext.io.layouts import find_entries
-from nnssl_ext.io.raw_dataset import indexes, integer_type, write_nifti
+from nnssl_ext.io.raw_dataset import indexes, integer_type, save, write_nifti
 from nnssl_ext.io.readers import read_case, read_volume
 from nnssl_ext.preprocessing.convert import convert, split_4d
 from nnssl_ext.preprocessing.parallel import Workers
@@ -226,6 +229,56 @@ def test_finished_cases_are_skipped_and_changed_ones_done_again(folders, tmp_pat
     (source / "val/ct/volume-28.nii").write_bytes(b"")  # what breaks later is taken out
     folder, failed = run(folders, source)
     assert list(failed) == ["volume-28"] and not list((folder / "imagesTs").iterdir()) and not list((folder / "labelsTs").iterdir())
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+    source = brats(tmp_path / "BraTS18", *(f"Brats18_2013_{n}_1" for n in range(3)))
+    whole, _ = run(folders, source, name="Dataset802_Whole")
+
+    def interrupted(folder, record):
+        if record.identifier != "Brats18_2013_0_1":
+            raise KeyboardInterrupt
+        save(folder, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert_module, "save", interrupted)
+        run(folders, source)
+    folder = folders["nnssl_raw"] / "Dataset801_Out"
+    assert (folder / "imagesTr/Brats18_2013_1_1_0003.nii.gz").is_file() and not (folder / "dataset.json").exists()
+    (folder / ".split-abandoned").mkdir()
+    (folder / "imagesTr/Brats18_2013_2_1_0000.nii.gz").write_bytes(b"half")
+    first = (folder / "imagesTr/Brats18_2013_0_1_0000.nii.gz").stat().st_mtime_ns
+    assert not run(folders, source)[1]
+    assert (folder / "imagesTr/Brats18_2013_0_1_0000.nii.gz").stat().st_mtime_ns == first
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} and len(files) == 15 + 3 + 2
+    assert all((whole / path).read_bytes() == (folder / path).read_bytes() for path in files)
+
+
+def test_a_full_disk_stops_the_conversion_and_leaves_no_half_file(folders, tmp_path, monkeypatch):
+    source = lits(tmp_path / "LiTS17")
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="full"):
+        patch.setattr(convert_module.shutil, "copyfile", full)
+        run(folders, source)
+    assert not list((folders["nnssl_raw"] / "Dataset801_Out").rglob("*.nii*"))
+    assert not run(folders, source)[1]
+
+
+def test_a_header_whose_voxels_lie_in_another_file_is_not_copied_alone(folders, tmp_path):
+    image(tmp_path / "src/images/a.nrrd")
+    whole = (tmp_path / "src/images/a.nrrd").read_bytes()
+    head, _, _ = whole.partition(b"\n\n")
+    raw = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "src/images/a.nrrd"))).tobytes()
+    (tmp_path / "src/images/a.nrrd").write_bytes(head.replace(b"gzip", b"raw") + b"\ndata file: a.bin\n")
+    (tmp_path / "src/images/a.bin").write_bytes(raw)
+    folder, failed = run(folders, tmp_path / "src", modalities=["CT"])
+    assert not failed
+    assert_same(read_volume(read_index(folder)[0].images[0]), read_volume(tmp_path / "src/images/a.nrrd"))
 
 
 def test_a_missing_output_is_written_again(folders, tmp_path):
