@@ -27,8 +27,8 @@ def resample(array: np.ndarray, shape: Sequence[int], spacing: Sequence[float], 
     """Resize (C, z, y, x) to `shape`; equal to nnU-Net's ``resample_data_or_seg_to_shape`` with its default arguments.
 
     Values are clipped to the range of what was interpolated: the channel, or each slice where a coarse axis is
-    resampled by itself. Memory beyond array and result: one channel with an axis or two resized, at most as large as
-    the larger of the channel before and after.
+    resampled by itself. Memory beyond array and result: one channel with an axis or two resized, smaller than the larger of
+    the channel before and after (and as much again where y or x is the coarse axis).
 
     Args:
         array: (C, z, y, x) float32.
@@ -119,13 +119,17 @@ def _resize_separately(volume: np.ndarray, out: np.ndarray, order: int, order_fi
     planes = _resize_planes(volume, np.empty((len(volume), *out.shape[1:]), np.float32), order)
     for plane, old in zip(planes, volume):
         np.clip(plane, old.min(), old.max(), out=plane)
-    out[...] = planes if len(volume) == len(out) else _resize_first(planes, np.empty(out.shape, np.float32), order_first)
+    _resize_first(planes, out, order_first)
 
 
 def _resize_first(volume: np.ndarray, out: np.ndarray, order: int) -> np.ndarray:
-    old, new = np.ascontiguousarray(volume, np.float32).reshape(len(volume), -1), out.reshape(len(out), -1)
-    for rows, columns, matrix in _bands(len(old), len(new), order):
-        np.matmul(matrix, old[columns], out=new[rows])
+    old = np.ascontiguousarray(volume, np.float32).reshape(len(volume), -1)
+    for rows, columns, matrix in _bands(len(old), len(out), order):
+        new = out[rows]
+        if new.flags.c_contiguous:
+            np.matmul(matrix, old[columns], out=new.reshape(len(new), -1))
+        else:
+            new[...] = (matrix @ old[columns]).reshape(new.shape)
     return out
 
 

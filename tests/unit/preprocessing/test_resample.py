@@ -1,7 +1,10 @@
 """Resampling equals nnU-Net's default."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
 from nnssl_ext.preprocessing.resample import axis_matrix, resample, separate_axis
@@ -47,6 +50,34 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
         with threadpool_limits(threads):
             results.append(resample(data, (130, 111, 150), (1, 1, 1), (1, 1, 1)))
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize(("old", "new"), [(1, 4), (2, 9), (7, 20), (20, 7), (33, 33), (100, 133), (150, 60)])
+def test_a_matrix_equals_scipys_zoom_of_unit_vectors(order, old, new):
+    zoomed = [ndimage.zoom(unit, new / old, order=order, mode="nearest", grid_mode=True) for unit in np.eye(old)]
+    assert np.abs(axis_matrix(old, new, order) - np.stack(zoomed, axis=1)).max() < 1e-13
+
+
+@pytest.mark.parametrize(("shape", "new", "spacing", "most"), [
+    ((60, 90, 100), (80, 110, 120), (1, 1, 1), 8.5),
+    ((80, 110, 120), (60, 90, 100), (1, 1, 1), 8.5),
+    ((40, 110, 120), (70, 90, 100), (4, 1, 1), 8.5),
+    ((110, 40, 120), (90, 70, 100), (1, 4, 1), 12.5),
+])  # fmt: skip
+def test_peak_memory_per_voxel_is_bounded(shape, new, spacing, most):
+    data = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    resample(data[:1], new, spacing, (1, 1, 1))
+    tracemalloc.start()
+    resample(data[:1], new, spacing, (1, 1, 1))
+    one = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    resample(data, new, spacing, (1, 1, 1))
+    three = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    larger, result = max(np.prod(shape), np.prod(new)), 4 * np.prod(new)
+    assert one <= most * larger  # array not counted, result counted
+    assert three <= one + 2.1 * result  # channel after channel
 
 
 def test_the_same_shape_returns_the_array_itself():
