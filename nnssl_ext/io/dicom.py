@@ -77,7 +77,7 @@ def files_of(path: Path, uid: str) -> list[Path]:
     """The files of a series; without `uid`, all files of the folder."""
     if not path.is_dir():
         return [path]
-    return sorted(header.file for header in _headers(path)[0] if header.series == uid) if uid else sorted(file for file in path.iterdir() if file.is_file())
+    return sorted(header.file for header in _below(path)[0] if header.series == uid) if uid else sorted(file for file in path.iterdir() if file.is_file())
 
 
 def warnings_of(path: Path, uid: str) -> list[tuple[str, str]]:
@@ -110,7 +110,7 @@ def load(path: Path, uid: str) -> Series:
 
 def _choose(path: Path, uid: str) -> tuple[list[Header], list[ImageError]]:
     """The headers of the one series that is meant."""
-    headers, broken = _headers(path) if path.is_dir() else ([read_file(path)], [])
+    headers, broken = (_below(path) if uid else _headers(path)) if path.is_dir() else ([read_file(path)], [])
     if uid:
         chosen = [header for header in headers if header.series == uid]
         if not chosen:
@@ -134,6 +134,17 @@ def _choose(path: Path, uid: str) -> tuple[list[Header], list[ImageError]]:
 
 def _no_image(header: Header) -> ImageError:
     return ImageError("notimage", f"the DICOM object is no image (modality {header.modality or 'unknown'})", header.file, "take the case out of the index")
+
+
+def _below(folder: Path) -> tuple[list[Header], list[ImageError]]:
+    """The headers of a folder and its subfolders, over which some archives spread a series."""
+    headers, broken = [], []
+    for place, folders, _ in os.walk(folder):
+        folders.sort()
+        found = _headers(Path(place))
+        headers += found[0]
+        broken += found[1]
+    return headers, broken
 
 
 def _headers(folder: Path) -> tuple[list[Header], list[ImageError]]:
@@ -164,7 +175,7 @@ def _check_file(header: Header) -> None:
 
 def _stack(planes: list[tuple[Header, Plane]], path: Path) -> tuple[list[tuple[Header, Plane]], Geometry, float]:
     """Order of the planes along their normal and the grid they form."""
-    multiframe = len(planes[0][0].planes) > 1
+    multiframe = planes[0][0].frames > 1
     for header, plane in planes:
         if plane.position is None or plane.orientation is None:
             what = "the frames of the multi-frame file have no position" if multiframe else "the slice has no position or orientation"
@@ -256,7 +267,7 @@ def _check_tilt(positions: np.ndarray, along: np.ndarray, normal: np.ndarray, pi
 
 def _pixels(header: Header) -> tuple[np.ndarray, bool]:
     """All frames of a file (frames, y, x), and whether they are rescaled already."""
-    shape = (len(header.planes), *(header.shape or ()))
+    shape = (header.frames, *(header.shape or ()))
     native = header.syntax in NATIVE or not header.syntax
     try:
         if native:

@@ -21,6 +21,8 @@ ENDINGS = (".dcm", ".dicom", ".ima")
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")  # transfer syntaxes without compression
 _DEFLATED = NATIVE[-1]
 _NOT_IMAGES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID", "ECG", "AU", "PLAN", "RWV", "SMR")
+_MOST_FRAMES = 100_000
+_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _PIXELS = ((0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010))  # float, double and integer pixel data
 _SHORT = (
@@ -63,6 +65,7 @@ class Header:
         modality: such as "CT" or "MR".
         is_image: False for segmentations, structures, reports, presentation states and directories.
         is_scout: a localiser.
+        is_capture: a picture of a screen (secondary capture).
         is_inverted: low numbers are bright (MONOCHROME1).
         syntax: UID of the transfer syntax.
         shape: rows and columns; None without them.
@@ -80,6 +83,7 @@ class Header:
     modality: str
     is_image: bool
     is_scout: bool
+    is_capture: bool
     is_inverted: bool
     syntax: str
     shape: tuple[int, int] | None
@@ -87,6 +91,10 @@ class Header:
     bytes_needed: int
     pixels: tuple[int, int] | None
     planes: tuple[Plane, ...]
+
+    @property
+    def frames(self) -> int:
+        return len(self.planes)
 
 
 def is_dicom(path: Path) -> bool:
@@ -96,6 +104,14 @@ def is_dicom(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(132)
     return start[128:] == b"DICM" or start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00" and len(start) == 132
+
+
+def looks_like_dicom(path: Path) -> bool:
+    """As `is_dicom`, also for files that can't be opened."""
+    try:
+        return is_dicom(path)
+    except OSError:
+        return False
 
 
 def read_folder(folder: Path, groups: bool = True) -> tuple[list[Header], list[ImageError]]:
@@ -132,7 +148,7 @@ def read_file(file: Path, groups: bool = True) -> Header:
             content = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=_SHORT + _GROUPS * groups)
             pixels = _pixel_place(stream, content)
             return _header(file, content, pixels)
-    except PermissionError:
+    except (ImageError, PermissionError):
         raise
     except Exception as error:  # pydicom raises whatever a damaged byte leads to
         raise ImageError("damaged", f"the DICOM header can't be read: {str(error)[:120] or type(error).__name__}", file, "copy the file again") from None
@@ -145,6 +161,8 @@ def _header(file: Path, content: Any, pixels: tuple[int, int] | None) -> Header:
         raise ImageError("damaged", "the file isn't DICOM or its header is cut off", file, "copy the file again")
     rows, columns, bits = (_integer(content.get(key), 0) for key in ("Rows", "Columns", "BitsAllocated"))
     frames, samples = _integer(content.get("NumberOfFrames"), 1), _integer(content.get("SamplesPerPixel"), 1)
+    if not 1 <= frames <= _MOST_FRAMES:
+        raise ImageError("damaged", f"the DICOM header speaks of {frames} frames", file, "copy the file again")
     kinds = {str(kind).upper() for kind in _several(content.get("ImageType"))}
     description = text["SeriesDescription"].lower()
     return Header(
@@ -156,6 +174,7 @@ def _header(file: Path, content: Any, pixels: tuple[int, int] | None) -> Header:
         modality=text["Modality"].upper(),
         is_image=text["Modality"].upper() not in _NOT_IMAGES and sop != _DIRECTORY and bits != 1 and (rows > 0 or pixels is not None),
         is_scout="LOCALIZER" in kinds or any(word in description for word in ("localizer", "localiser", "scout", "topogram", "surview")),
+        is_capture=sop.startswith(_CAPTURE),
         is_inverted=text["PhotometricInterpretation"] == "MONOCHROME1",
         syntax=syntax,
         shape=(rows, columns) if rows > 0 and columns > 0 else None,

@@ -16,7 +16,7 @@ import psutil
 from nnssl_ext.core.errors import ImageError
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.io import dicom, dicom_files, hdf5, itk, nifti
-from nnssl_ext.io.index import Case, split_selector
+from nnssl_ext.io.case import Case, split_selector
 
 TOLERANCE_MM = 1e-2  # by which origins of the channels of a case may differ
 
