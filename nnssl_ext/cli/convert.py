@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nnssl_ext.cli.common import SOME_FAILED, add_workers, parser, run, workers
 
 if TYPE_CHECKING:
-    from nnssl_ext.io.index import Case
+    from nnssl_ext.io.case import Case
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -60,10 +60,10 @@ def _main(options: argparse.Namespace) -> int:
         folder = raw_folder(dataset_name(options.source, (RAW,)))
     settings = {"source": str(folder.resolve()), "layout": options.layout, "modality": options.modality}
     if options.crops is None:
-        failed = convert(find_entries(folder, options.layout, options.modality), name, settings, workers(options), options.format)
+        failed = convert(find_entries(folder, options.layout, options.modality, options.np), name, settings, workers(options), options.format)
     else:
         plan = CropPlan(options.size, options.spacing, options.foreground, options.seed)
-        failed = cut_crops(_cases(folder, options), name, options.crops, plan, settings, workers(options))
+        failed = cut_crops(_cases(folder, options), name, options.crops, plan, settings, workers(options), options.format)
     return SOME_FAILED if failed else 0
 
 
@@ -74,4 +74,4 @@ def _cases(folder: Path, options: argparse.Namespace) -> list[Case]:
 
     if options.layout is None and (folder / "pretrain_data.json").is_file():
         return read_index(folder)
-    return [entry.case for entry in find_entries(folder, options.layout, options.modality).entries if not entry.test]
+    return [entry.case for entry in find_entries(folder, options.layout, options.modality, options.np).entries if not entry.test]

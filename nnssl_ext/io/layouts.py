@@ -15,7 +15,9 @@ from typing import Any
 
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import read_json
-from nnssl_ext.io.index import ENDINGS, Case, read_index
+from nnssl_ext.io import bids
+from nnssl_ext.io.case import ENDINGS, Case, stem
+from nnssl_ext.io.index import read_index
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class Layout:
     relabel: Mapping[int, int] = field(default_factory=dict)
 
 
-def find_entries(folder: Path, layout: str | None = None, modalities: Sequence[str] = ()) -> Source:
+def find_entries(folder: Path, layout: str | None = None, modalities: Sequence[str] = (), processes: int = 1) -> Source:
     """All cases of a source folder.
 
     Args:
         folder: the downloaded dataset.
         layout: one of `LAYOUTS`; None takes the first one that finds a case.
         modalities: one per channel, instead of what the layout says.
+        processes: how many read headers of a DICOM or HDF5 tree.
 
     Raises:
         UserError: no such folder or layout; no case; a modality that can't be known; as `read_index`.
@@ -84,18 +87,19 @@ def find_entries(folder: Path, layout: str | None = None, modalities: Sequence[s
         raise UserError("source folder not found", folder, "give the folder of the dataset")
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"unknown layout '{layout}'", "option -layout", did_you_mean(layout, LAYOUTS))
-    name, entries, description = _detected(folder, [layout] if layout else _candidates(folder))
+    name, entries, description = _detected(folder, [layout] if layout else _candidates(folder), processes)
     entries = _named_uniquely([_with_modalities(entry, modalities) for entry in entries], folder)
     return Source(name, sorted(entries, key=lambda entry: entry.case.identifier), description, LAYOUTS[name].relabel)
 
 
-def _detected(folder: Path, candidates: Sequence[str]) -> tuple[str, list[Entry], Mapping[str, Any]]:
+def _detected(folder: Path, candidates: Sequence[str], processes: int) -> tuple[str, list[Entry], Mapping[str, Any]]:
     """The first layout that finds a case, and what it finds."""
     names = _image_names(folder)
     cause = ""
     for name in candidates:
         try:
-            entries, description = LAYOUTS[name].find(folder, names)
+            find = partial(_index, processes=processes) if name == "index" else LAYOUTS[name].find
+            entries, description = find(folder, names)
         except UserError as error:
             if len(candidates) == 1 or name != "index":
                 raise
@@ -108,21 +112,22 @@ def _detected(folder: Path, candidates: Sequence[str]) -> tuple[str, list[Entry]
 
 def _candidates(folder: Path) -> list[str]:
     """The layouts in the order in which they are tried; an index that someone wrote counts more than names of files."""
-    written = any((folder / name).is_file() for name in ("pretrain_data.json", "cases.csv", "dataset_description.json"))
+    written = any((folder / name).is_file() for name in ("pretrain_data.json", "cases.csv")) or bids.is_bids(folder)
     return ["index"] if written and not (folder / "dataset.json").is_file() else list(LAYOUTS)
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Paths of the image files below a folder, relative to it and with '/', sorted; hidden ones left out."""
-    found = []
+    """Paths of the image files below a folder, relative to it and with '/', sorted; hidden ones left out, links to folders followed."""
+    found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(Path(place, name))]
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link back into the tree
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name).relative_to(folder).as_posix() for name in files if name.endswith(ENDINGS) and not name.startswith(".")]
     return sorted(found)
-
-
-def _is_loop(folder: Path) -> bool:
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _with_modalities(entry: Entry, modalities: Sequence[str]) -> Entry:
@@ -140,22 +145,22 @@ def _named_uniquely(entries: Sequence[Entry], folder: Path) -> list[Entry]:
     """Identifiers fit for file names; where two would be equal (on any file system) these take their paths as names."""
     names = [_safe(entry.case.identifier) for entry in entries]
     count = Counter(name.casefold() for name in names)
-    paths = [_safe("__".join(_stem(entry.case.images[0].relative_to(folder).parts))) if count[n.casefold()] > 1 else n for n, entry in zip(names, entries)]
+    paths = [_safe(_path_name(entry.case.images[0], folder)) if count[name.casefold()] > 1 else name for name, entry in zip(names, entries)]
     twice = [name for name, number in Counter(name.casefold() for name in paths).items() if number > 1]
     if twice:
         raise UserError(f"{len(twice)} names of cases are used twice, such as {twice[0]}", folder, "rename the files")
     return [dataclasses.replace(entry, case=dataclasses.replace(entry.case, identifier=name)) for name, entry in zip(paths, entries)]
 
 
-def _safe(text: str, most: int = 120) -> str:
+def _path_name(path: Path, folder: Path) -> str:
+    place = path.relative_to(folder) if path.is_relative_to(folder) else path
+    return "__".join([*place.parent.parts, stem(place.name)])
+
+
+def _safe(text: str, most: int = 80) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-") or "case"
     changed = not text.isascii() or len(name) > most  # different texts may have become the same
     return f"{name[: most - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if changed else name
-
-
-def _stem(parts: Sequence[str]) -> list[str]:
-    ending = next((e for e in ENDINGS if parts[-1].endswith(e)), "")
-    return [*parts[:-1], parts[-1].removesuffix(ending)]
 
 
 _ENDING = r"(?P<ending>\.nii\.gz|\.nii|\.nrrd|\.mha)"
@@ -233,7 +238,7 @@ def _msd(folder: Path, names: Sequence[str]) -> Found:
             for item in description.get(key, [])
         ]
         for item, test in items:
-            name = _stem(Path(item["image"]).parts)[-1]
+            name = stem(Path(item["image"]).name)
             label = folder / item["label"] if item.get("label") else None
             entries.append(Entry(Case(name, name, "1", (folder / item["image"],), modalities), label, test))
         labels = {str(name): int(number) for number, name in (description.get("labels") or {}).items()}
@@ -257,8 +262,8 @@ def _nnunet(folder: Path, names: Sequence[str]) -> Found:
     return entries, {key: description[key] for key in ("labels", "regions_class_order") if key in description}
 
 
-def _index(folder: Path, names: Sequence[str]) -> Found:
-    return [Entry(case) for case in read_index(folder)], {}
+def _index(folder: Path, names: Sequence[str], processes: int = 1) -> Found:
+    return [Entry(case) for case in read_index(folder, processes=processes)], {}
 
 
 def _layout(pattern: str, image: str, relabel: Mapping[int, int] | None = None, **options: Any) -> Layout:

@@ -21,7 +21,7 @@ from nnssl_ext.core.errors import ImageError, UserError
 from nnssl_ext.core.files import FolderLock, atomic_path, write_text
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.paths import raw_folder
-from nnssl_ext.io.index import ENDINGS, MASKS, Case
+from nnssl_ext.io.case import ENDINGS, MASKS, Case
 from nnssl_ext.io.layouts import Entry, Source
 from nnssl_ext.io.raw_dataset import TEST, TRAINING, UNLABELLED, Record, claim, indexes, load, load_all, remove, save, write_image, write_indexes, write_nifti
 from nnssl_ext.io.readers import files_of, read_case, read_header, read_volume
@@ -60,11 +60,12 @@ def convert(source: Source, dataset_name: str, settings: Mapping[str, Any], work
         claim(folder, settings)
         for abandoned in folder.glob(f"{_SCRATCH}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        waiting = [entry for entry in source.entries if not _is_current(folder, entry)]
-        if len(waiting) < len(source.entries):
-            print(f"{dataset_name}: {len(source.entries) - len(waiting)} of {len(source.entries)} cases are finished already")
-        work = partial(_convert, source=dataclasses.replace(source, entries=[]), folder=folder, ending=ending, labelled=labelled)
-        failed = run_all(work, waiting, [entry.case.identifier for entry in waiting], workers, f"converting {dataset_name}", _memory)[1]
+        items = [(entry, _record(entry, ending, labelled)) for entry in source.entries]
+        waiting = [(entry, record) for entry, record in items if not _is_current(folder, record)]
+        if len(waiting) < len(items):
+            print(f"{dataset_name}: {len(items) - len(waiting)} of {len(items)} cases are finished already")
+        work = partial(_convert, source=dataclasses.replace(source, entries=[]), folder=folder)
+        failed = run_all(work, waiting, [record.identifier for _, record in waiting], workers, f"converting {dataset_name}", _memory)[1]
         write_indexes(folder, ending, source.description, wanted)
         _write_classes(folder)
     return failed
@@ -87,38 +88,17 @@ def _is_4d(case: Case) -> bool:
     return len(case.modalities) > len(case.images)
 
 
-def _is_current(folder: Path, entry: Entry) -> bool:
-    record = load(folder, entry.case.identifier)
-    return record is not None and record.source == _stamps(entry)
+def _record(entry: Entry, ending: str, labelled: bool) -> Record:
+    """What will be known of a case when it is finished, but for the values of its label.
 
-
-def _stamps(entry: Entry) -> list[list[Any]]:
-    """Name, size and time of change of every file of an entry."""
-    paths = (*entry.case.images, *_beside(entry))
-    found = [(file, file.stat() if file.is_file() else None) for path in paths for file in files_of(path)]
-    return [[file.name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
-
-
-def _memory(entry: Entry) -> int:
-    """Peak memory in bytes; 0 for a case whose header can't be read, since it will fail at once."""
-    try:
-        path = entry.case.images[0]
-        image: Any = nibabel.load(path) if _is_4d(entry.case) else read_header(path)
-        shape = image.shape[:3]
-    except (UserError, OSError, nibabel.filebasedimages.ImageFileError):
-        return 0
-    return BYTES_PER_VOXEL * (len(entry.case.modalities) + (entry.label is not None)) * math.prod(shape)
-
-
-def _convert(entry: Entry, source: Source, folder: Path, ending: str, labelled: bool) -> None:
-    """Convert one case; nothing of it is written before all its files are read.
-
-    Raises:
-        UserError: an unreadable image, label or mask, or one on another grid.
+    Args:
+        entry: the case.
+        ending: of all files.
+        labelled: some of the training cases have labels, so that those without are kept apart.
     """
     case, name = entry.case, entry.case.identifier
     subfolder = TEST if entry.test else TRAINING if entry.label or not labelled else UNLABELLED
-    record = Record(
+    return Record(
         identifier=name,
         subject=case.subject,
         session=case.session,
@@ -130,9 +110,43 @@ def _convert(entry: Entry, source: Source, folder: Path, ending: str, labelled: 
         category=entry.category,
         fold=entry.fold,
     )
-    for stale in (load(folder, name), record):
+
+
+def _is_current(folder: Path, record: Record) -> bool:
+    known = load(folder, record.identifier)
+    return known is not None and dataclasses.replace(known, label_values=[]) == record
+
+
+def _stamps(entry: Entry) -> list[list[Any]]:
+    """Name, size and time of change of every file of an entry."""
+    paths = (*entry.case.images, *_beside(entry))
+    found = [(file, file.stat() if file.is_file() else None) for path in paths for file in files_of(path)]
+    return [[file.name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
+
+
+def _memory(item: tuple[Entry, Record]) -> int:
+    """Peak memory in bytes; 0 for a case whose header can't be read, since it will fail at once."""
+    entry = item[0]
+    try:
+        path = entry.case.images[0]
+        image: Any = nibabel.load(path) if _is_4d(entry.case) else read_header(path)
+        shape = image.shape[:3]
+    except (UserError, OSError, nibabel.filebasedimages.ImageFileError):
+        return 0
+    return BYTES_PER_VOXEL * (len(entry.case.modalities) + (entry.label is not None)) * math.prod(shape)
+
+
+def _convert(item: tuple[Entry, Record], source: Source, folder: Path) -> None:
+    """Convert one case; nothing of it is written before all its files are read.
+
+    Raises:
+        UserError: an unreadable image, label or mask, or one on another grid.
+    """
+    entry, record = item
+    for stale in (load(folder, record.identifier), record):
         if stale is not None:
             remove(folder, stale)
+    case = entry.case
     if not _is_4d(case):
         _write(entry, record, source, folder)
         return

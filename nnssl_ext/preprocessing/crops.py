@@ -18,8 +18,8 @@ from nnssl_ext.core.files import FolderLock, sha256_json, write_text
 from nnssl_ext.core.geometry import Geometry, resampled_shape
 from nnssl_ext.core.paths import raw_folder
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.io.index import Case
-from nnssl_ext.io.raw_dataset import TRAINING, Record, claim, load, load_all, save, write_indexes, write_nifti
+from nnssl_ext.io.case import Case
+from nnssl_ext.io.raw_dataset import TRAINING, Record, claim, indexes, load, load_all, save, write_indexes, write_nifti
 from nnssl_ext.io.readers import read_header
 from nnssl_ext.preprocessing.convert import csv_text
 from nnssl_ext.preprocessing.parallel import Workers, run_all
@@ -92,7 +92,9 @@ def _needed(size: Sequence[int], fraction: float) -> int:
     return math.ceil(Fraction(str(fraction)) * math.prod(size))  # 0.3 * 10 in floating point is a little more than 3
 
 
-def cut_crops(cases: Sequence[Case], dataset_name: str, count: int, plan: CropPlan, settings: Mapping[str, Any], workers: Workers) -> dict[str, str]:
+def cut_crops(
+    cases: Sequence[Case], dataset_name: str, count: int, plan: CropPlan, settings: Mapping[str, Any], workers: Workers, wanted: str | None = None
+) -> dict[str, str]:
     """Cut crops into `nnssl_raw/DATASET_NAME`; finished ones are kept.
 
     Every crop picks its volume uniformly among those with a valid position: it goes through the cases in an order of its
@@ -106,6 +108,7 @@ def cut_crops(cases: Sequence[Case], dataset_name: str, count: int, plan: CropPl
         plan: their size, spacing, share of body and seed.
         settings: what else decides the result, such as the source; a folder that was begun with others is refused.
         workers: who does the work, one volume each at a time.
+        wanted: format of the index, see `raw_dataset.indexes`.
 
     Returns:
         messages of the cases that failed, by identifier.
@@ -116,6 +119,7 @@ def cut_crops(cases: Sequence[Case], dataset_name: str, count: int, plan: CropPl
     """
     if not cases or count < 1:
         raise UserError("there is nothing to cut", "option --crops", "give a number of crops, and a source with cases outside its test set")
+    indexes([case.modalities for case in cases], wanted)
     folder = raw_folder(dataset_name)
     with FolderLock(folder):
         # another list of cases would give other crops
@@ -140,7 +144,7 @@ def cut_crops(cases: Sequence[Case], dataset_name: str, count: int, plan: CropPl
         if without:
             listed = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
             print(f"{dataset_name}: {len(without)} cases have no place with a share of {plan.foreground:g} of body: {listed}")
-        write_indexes(folder, ".nii.gz", {}, None)
+        write_indexes(folder, ".nii.gz", {}, wanted)
         _write_list(folder)
         if pending and without:
             what = f"no volume has a crop of {'x'.join(map(str, plan.size))} voxels with a share of {plan.foreground:g} of body"

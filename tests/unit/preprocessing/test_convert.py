@@ -231,6 +231,18 @@ def test_finished_cases_are_skipped_and_changed_ones_done_again(folders, tmp_pat
     assert list(failed) == ["volume-28"] and not list((folder / "imagesTs").iterdir()) and not list((folder / "labelsTs").iterdir())
 
 
+def test_new_source_files_can_move_and_rewrite_finished_cases(folders, tmp_path):
+    source = tmp_path / "src"
+    image(source / "images/a.nrrd", 1)
+    folder, _ = run(folders, source, modalities=["CT"])
+    assert (folder / "imagesTr/a_0000.nrrd").is_file()
+    image(source / "images/b.nii.gz", 2)
+    image(source / "labels/b.nii.gz", seg=[0, 1])
+    run(folders, source, modalities=["CT"])
+    files = {path.relative_to(folder).as_posix() for place in ("images*", "labels*") for path in folder.glob(f"{place}/*")}
+    assert files == {"imagesUn/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"}
+
+
 def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     source = brats(tmp_path / "BraTS18", *(f"Brats18_2013_{n}_1" for n in range(3)))
     whole, _ = run(folders, source, name="Dataset802_Whole")
