@@ -64,6 +64,9 @@ def convert(source: Source, dataset_name: str, settings: Mapping[str, Any], work
         waiting = [(entry, record) for entry, record in items if not _is_current(folder, record)]
         if len(waiting) < len(items):
             print(f"{dataset_name}: {len(items) - len(waiting)} of {len(items)} cases are finished already")
+        gone = sorted({record.identifier for record in load_all(folder)} - {record.identifier for _, record in items})
+        if gone:
+            print(f"{dataset_name}: {len(gone)} converted cases are no longer in the source and stay: {', '.join(gone[:5])}")
         work = partial(_convert, source=dataclasses.replace(source, entries=[]), folder=folder)
         failed = run_all(work, waiting, [record.identifier for _, record in waiting], workers, f"converting {dataset_name}", _memory)[1]
         write_indexes(folder, ending, source.description, wanted)

@@ -243,6 +243,15 @@ def test_new_source_files_can_move_and_rewrite_finished_cases(folders, tmp_path)
     assert files == {"imagesUn/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"}
 
 
+def test_cases_that_left_the_source_stay_and_are_named(folders, tmp_path, capsys):
+    source = lits(tmp_path / "LiTS17")
+    run(folders, source)
+    (source / "train/ct/volume-48.nii").unlink()
+    folder, _ = run(folders, source)
+    assert "1 converted cases are no longer in the source and stay: volume-48" in capsys.readouterr().out
+    assert description(folder)["numTraining"] == 2 == len(read_index(folder))
+
+
 def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     source = brats(tmp_path / "BraTS18", *(f"Brats18_2013_{n}_1" for n in range(3)))
     whole, _ = run(folders, source, name="Dataset802_Whole")
