@@ -7,7 +7,6 @@ Source: DICOM PS3.3, C.7.6.2 (image plane) and C.7.6.16 (multi-frame functional 
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections import Counter
 from functools import lru_cache
@@ -20,7 +19,8 @@ import SimpleITK
 
 from nnssl_ext.core.errors import ImageError
 from nnssl_ext.core.geometry import Geometry
-from nnssl_ext.io.dicom_files import NATIVE, Header, Plane, read_file, read_folder
+from nnssl_ext.io.dicom_files import DEFLATED, NATIVE, Header, Plane, read_file, read_folder
+from nnssl_ext.io.quiet import quiet
 
 FEW_SLICES = 3  # a series with fewer is no volume
 _ALIKE = 1e-3  # by which direction cosines, and relatively spacings, of the planes of a volume may differ
@@ -168,6 +168,9 @@ def _check_file(header: Header) -> None:
     size = header.file.stat().st_size
     if size < start + max(length, 0):
         raise ImageError("truncated", f"the DICOM file is truncated: {size} of {start + length} bytes", header.file, _WHOLE)
+    if header.syntax and header.syntax != DEFLATED and (header.syntax in NATIVE) != (length >= 0):
+        what = f"the transfer syntax ({pydicom.uid.UID(header.syntax).name}) contradicts the pixel data"
+        raise ImageError("compression", what, header.file, _WHOLE)
     if header.syntax in NATIVE and 0 <= length < header.bytes_needed:
         what = f"the DICOM file holds {length} bytes of pixel data, its header speaks of {header.bytes_needed}"
         raise ImageError("truncated", what, header.file, _WHOLE)
@@ -274,7 +277,7 @@ def _pixels(header: Header) -> tuple[np.ndarray, bool]:
             return _native(header.file).reshape(shape), False
         if len({(plane.slope, plane.intercept) for plane in header.planes}) > 1:
             raise ImageError("multiframe", "the frames of a compressed file are rescaled differently", header.file, "decompress it")
-        with _quiet:
+        with quiet():
             return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(header.file), SimpleITK.sitkFloat32)).reshape(shape), True
     except (ImageError, MemoryError, PermissionError):
         raise
@@ -283,27 +286,6 @@ def _pixels(header: Header) -> tuple[np.ndarray, bool]:
             raise ImageError("damaged", f"the pixel data can't be read: {str(error).splitlines()[0][:120]}", header.file, _WHOLE) from None
         name = pydicom.uid.UID(header.syntax).name
         raise ImageError("compression", f"the pixel data can't be decompressed ({name})", header.file, "copy it again or decompress it") from None
-
-
-class _Quiet:
-    """Keeps what C libraries print about damaged JPEG streams from the terminal; it becomes an ImageError."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-
-    def __exit__(self, *_: object) -> None:
-        os.dup2(self._kept, 2)
-        os.close(self._kept)
-        self._lock.release()
-
-
-_quiet = _Quiet()
 
 
 def _native(file: Path) -> np.ndarray:

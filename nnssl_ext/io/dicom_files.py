@@ -19,7 +19,7 @@ from nnssl_ext.core.errors import ImageError
 
 ENDINGS = (".dcm", ".dicom", ".ima")
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")  # transfer syntaxes without compression
-_DEFLATED = NATIVE[-1]
+DEFLATED = NATIVE[-1]
 _NOT_IMAGES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID", "ECG", "AU", "PLAN", "RWV", "SMR")
 _MOST_FRAMES = 100_000
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -219,7 +219,7 @@ def _stacked(content: Any, frames: int) -> list[tuple[float, ...]]:
 
 def _pixel_place(stream: Any, content: Any) -> tuple[int, int] | None:
     """Where the reading stopped, the pixel data begin: their tag, then perhaps their type, then their length."""
-    if str(content.file_meta.get("TransferSyntaxUID", "")) == _DEFLATED:
+    if str(content.file_meta.get("TransferSyntaxUID", "")) == DEFLATED:
         return (0, -1)  # all behind the file's head is compressed
     implicit, little = content.original_encoding
     start = stream.read(12)

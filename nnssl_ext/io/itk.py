@@ -12,9 +12,11 @@ import SimpleITK
 from nnssl_ext.core.errors import ImageError
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.io import nifti
+from nnssl_ext.io.quiet import quiet
 
 _WHOLE = "copy or download the file again"
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile *= *|data ?file: *)(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+_PACKED = re.compile(rb"CompressedData *= *True|encoding: *(gz|bz)", re.IGNORECASE)
 _PAIRS = {".hdr": ".img", ".img": ".hdr"}
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is checked here and becomes an ImageError
@@ -34,10 +36,13 @@ def read_voxels(path: Path, selector: str, geometry: Geometry) -> np.ndarray:
     if path.name.endswith(nifti.ENDINGS):
         return nifti.read_voxels(path, geometry.shape)
     try:
-        array: np.ndarray = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32))
-        return array
+        with quiet():
+            image = SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32)
     except RuntimeError as error:
+        _check_length(path, geometry)
         raise ImageError(_kind(path), f"the image can't be read: {_reason(error)}", path, _WHOLE) from None
+    array: np.ndarray = SimpleITK.GetArrayFromImage(image)
+    return array
 
 
 def read_geometry(path: Path, selector: str) -> Geometry:
@@ -50,7 +55,8 @@ def read_geometry(path: Path, selector: str) -> Geometry:
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with quiet():
+            reader.ReadImageInformation()
     except RuntimeError as error:
         kind = "shear" if "orthonormal" in str(error) else "spacing" if "spacing" in str(error).lower() else _kind(path, "Unable to determine" in str(error))
         raise ImageError(kind, f"the image's header can't be read: {_reason(error)}", path, _WHOLE) from None
@@ -101,7 +107,24 @@ def short(values: tuple[float, ...]) -> str:
 
 def _kind(path: Path, unknown: bool = False) -> str:
     """Why SimpleITK failed: a file that it needs is missing, it doesn't know the format, or it found the content damaged."""
-    return "missing" if not all(file.exists() for file in files_of(path, "")) else "format" if unknown else "damaged"
+    if not all(file.exists() for file in files_of(path, "")):
+        return "missing"
+    return "format" if unknown and not (path.name.endswith(nifti.ENDINGS) and nifti.has_magic(path)) else "damaged"
+
+
+def _check_length(path: Path, geometry: Geometry) -> None:
+    """Whether files without compression are too short for their voxels."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    with quiet():
+        reader.ReadImageInformation()
+    needed = math.prod(geometry.shape) * SimpleITK.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    voxels = files_of(path, "")[-1]
+    present = voxels.stat().st_size if voxels.exists() else needed
+    with open(path, "rb") as file:
+        packed = _PACKED.search(file.read(1 << 12))
+    if not packed and present < needed:
+        raise ImageError("truncated", f"the image is truncated: {present} bytes, its voxels need {needed}", voxels, _WHOLE)
 
 
 def _reason(error: Exception) -> str:

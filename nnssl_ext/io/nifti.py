@@ -23,6 +23,11 @@ def spacing(path: Path) -> tuple[float, ...]:
     return tuple(float(v) for v in _header(_bytes(path, 540), path)["pixdim"][1:4])
 
 
+def has_magic(path: Path) -> bool:
+    """Whether a file begins like NIfTI."""
+    return bytes(_header(_bytes(path, 540), path)["magic"])[:2] in (b"n+", b"ni")
+
+
 def forms_differ(path: Path) -> bool:
     """Whether the header's two statements about the position (qform and sform) are both valid and contradict each other by more than 0.1 mm."""
     header = _header(_bytes(path, 540), path)

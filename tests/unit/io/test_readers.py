@@ -144,7 +144,7 @@ def test_other_formats_cut_short_are_refused(ending, compressed, tmp_path):
     path = tmp_path / f"image{ending}"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(body_volume()), str(path), compressed)
     path.write_bytes(path.read_bytes()[:-1000])
-    fails(path, "can't be read")
+    fails(path, "can't be read" if compressed else "truncated")
 
 
 def test_a_name_beyond_ascii_is_read(tmp_path):
