@@ -60,7 +60,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], n
         lead: what the page shows, one or two sentences.
         sections: its content.
         note: what a reader must not overlook, in a box.
-        template: in the folder templates; those of special pages extend page.html.
+        template: file of the folder templates; a special page's extends page.html.
         values: what such a template shows besides.
     """
     today = datetime.date.today().isoformat()

@@ -1,38 +1,149 @@
-"""Pictures of volumes: orthogonal slices side by side."""
+"""Pictures of what a method sees and makes of it: orthogonal middle slices of crops, masks, reconstructions and features."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from nnssl_ext.core.files import atomic_path
+from nnssl_ext.data.loader import Batch
+from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.trainers.colours import pca_rgb
+
+if TYPE_CHECKING:
+    from nnssl_ext.trainers.base import SSLTrainer
 
 PLANES = ("axial", "coronal", "sagittal")
+TILE, GAP, MARGIN, LINE = 150, 4, 92, 18  # pixels: a slice's longest edge, between slices, captions at the left, a line of text
+SAMPLES, VIEWS = 2, 4  # that are shown, at most
+COARSEST = 8  # voxels per cell of the feature map that is shown, at most (unless the network has none as fine)
+
+Rows = Sequence[Mapping[str, np.ndarray]]
 
 
-def draw_volumes(rows: Sequence[Mapping[str, np.ndarray]], path: Path, title: str = "") -> None:
-    """One row per sample, for each named volume (z, y, x) its three middle slices; all of a row on one grey scale.
+def draw_run(trainer: SSLTrainer, batch: Batch, path: Path) -> None:
+    """Picture of a batch: what the method shows of it, or its views; below, the features of the backbone that is handed over.
+
+    No random number is drawn, and every module stays in its mode.
+    """
+    backbone = trainer.transferred()
+    with torch.no_grad(), evaluating(trainer.model, backbone):
+        rows = [dict(row) for row in trainer.picture(batch) or view_rows(batch)]
+        view = next((v for v in batch.values() if v.image.shape[2:] == tuple(trainer.config_plan.patch_size)), None)
+        if view is not None and "pyramid" in backbone.supports:
+            level = feature_level(backbone)
+            colours = pca_rgb(backbone.pyramid(view.image[: len(rows)])[level].float())
+            for row, image, colour in zip(rows, view.image.float().cpu().numpy(), colours):
+                row["features (PCA)"] = blend(image[0], colour)
+    draw_volumes(rows, path, f"{type(trainer).__name__}, {trainer.family}, step {trainer.next_step}", trainer.config_plan.spacing or (1.0, 1.0, 1.0))
+
+
+def view_rows(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """First channel of the first views of some samples, and what of them is visible where a mask hides voxels."""
+    views = list(batch.items())[:VIEWS]
+    rows = []
+    for sample in range(min(SAMPLES, len(views[0][1].image))):
+        row: dict[str, np.ndarray] = {}
+        for name, view in views:
+            row[name] = view.image[sample, 0].float().cpu().numpy()
+            if view.mask is not None:
+                row[f"{name}, visible"] = _hidden_dark(row[name], view.mask[sample].cpu().numpy())
+        rows.append(row)
+    return rows
+
+
+def _hidden_dark(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    colours = np.repeat(_grey(image)[..., None], 3, axis=-1)
+    colours[enlarge(mask, image.shape)] = (0.05, 0.1, 0.3)
+    return colours
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Intensities in [0, 1] between the 1 % and 99 % percentiles."""
+    low, high = np.percentile(image, (1, 99))
+    grey: np.ndarray = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return grey
+
+
+def feature_level(backbone: Backbone) -> int:
+    """Index of the deepest map whose cells are still small enough to recognise anatomy."""
+    fine = [level for level, strides in enumerate(backbone.strides) if max(strides) <= COARSEST]
+    return fine[-1] if fine else 0
+
+
+def enlarge(grid: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Cells (d, h, w, ...) as voxels (z, y, x, ...), nearest neighbour; cells have equal edges but for the last of an axis."""
+    for axis, size in enumerate(shape):
+        edge = -(-size // grid.shape[axis])
+        grid = np.take(grid, np.arange(size) // edge, axis=axis)
+    return grid
+
+
+def blend(image: np.ndarray, colours: np.ndarray, amount: float = 0.6) -> np.ndarray:
+    """Colours of cells (d, h, w, 3) over a grey image (z, y, x), as (z, y, x, 3) in [0, 1]."""
+    grey = _grey(image)[..., None]
+    return amount * enlarge(colours, image.shape) * (0.35 + 0.65 * grey) + (1 - amount) * grey
+
+
+def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    """Three middle slices of every volume: a line per caption, three columns per sample; lengths in proportion to mm.
 
     Args:
-        rows: volumes of each sample by caption; the first one sets the grey scale (1-99 %).
+        rows: volumes of each sample by caption: grey (z, y, x), all of a sample on the scale of its first one (1-99 %), or colours (z, y, x, 3) in [0, 1].
         path: PNG file.
         title: above the picture.
+        spacing: mm, (z, y, x).
     """
     captions = list(rows[0])
-    figure = Figure(figsize=(1.7 * 3 * len(captions), 1.9 * len(rows) + 0.6), dpi=80, layout="constrained")
-    axes = figure.subplots(len(rows), 3 * len(captions), squeeze=False)
-    for row, volumes in zip(axes, rows):
-        low, high = np.percentile(volumes[captions[0]], (1, 99))
-        for place, caption in enumerate(captions):
-            for plane in range(3):
-                axis, volume = row[3 * place + plane], volumes[caption]
-                cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
-                axis.imshow(cut, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="upper" if plane == 0 else "lower")
-                axis.set_axis_off()
-                axis.set_title(f"{caption}, {PLANES[plane]}" if plane == 0 else PLANES[plane], fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    width = MARGIN + len(rows) * (3 * (TILE + GAP) + GAP)
+    canvas = Image.new("RGB", (width, 2 * LINE + 4 + len(captions) * (TILE + GAP)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    pen.text((4, 2), title, fill="black", font=font)
+    for sample, volumes in enumerate(rows):
+        left = MARGIN + sample * (3 * (TILE + GAP) + GAP)
+        grey = next((volume for volume in volumes.values() if volume.ndim == 3), np.zeros((1, 1, 1)))
+        low, high = np.percentile(grey, (1, 99))
+        for line, caption in enumerate(captions):
+            top = 2 * LINE + 2 + line * (TILE + GAP)
+            if sample == 0:
+                pen.multiline_text((4, top + 4), caption.replace(" (", "\n(").replace(", ", ",\n"), fill="black", font=font)
+            for plane, name in enumerate(PLANES):
+                x = left + plane * (TILE + GAP)
+                if line == 0:
+                    pen.text((x, LINE + 1), name, fill="black", font=font)
+                tile = _slice(volumes[caption], plane, spacing, low, high)
+                canvas.paste(tile, (x + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        canvas.save(temporary, format="png", optimize=True)
+
+
+def _slice(volume: np.ndarray, plane: int, spacing: Sequence[float], low: float, high: float) -> Image.Image:
+    """The middle slice across an axis, head up, enlarged to fit a tile."""
+    cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
+    if volume.ndim == 3:
+        cut = (cut - low) / max(high - low, 1e-6)
+    pixels = (255 * np.clip(cut if plane == 0 else cut[::-1], 0, 1)).round().astype(np.uint8)
+    edges = np.array([n * mm for axis, (n, mm) in enumerate(zip(volume.shape[:3], spacing)) if axis != plane])
+    longest = max(n * mm for n, mm in zip(volume.shape[:3], spacing))
+    height, wide = np.maximum(1, np.round(TILE * edges / longest)).astype(int)
+    return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB").resize((int(wide), int(height)), Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode; afterwards every module is in its former one."""
+    former = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in former.items():
+            module.training = training
