@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nnssl_ext.io.curves import curves
 from nnssl_ext.io.page import Section, write_page
@@ -30,7 +30,7 @@ class RunPage:
         step: from which the run continues.
     """
 
-    lasting = True
+    lasting: ClassVar[bool] = True
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], records: Sequence[Record], step: int) -> None:
         self.folder, self.settings, self.records, self.step = folder, settings, list(records), step
@@ -68,7 +68,13 @@ class RunPage:
             sections = [self._pictures(), _description(run), _commands(run, self.folder, state)]
             title = f"{run['trainer']} on {run['dataset']}"
             lead = f"{run['family']} backbone, configuration {run['configuration']}, plans {run['plans']}"
-            values = {"state": state or "running", "reason": reason, "alarms": self.alarms, "progress": self._progress(), "charts": charts(self.records)}
+            values: dict[str, Any] = {
+                "state": state or "running",
+                "reason": reason,
+                "alarms": self.alarms,
+                "progress": self._progress(),
+                "charts": charts(self.records),
+            }
             values |= {"refresh": REFRESH_S, "written": time.time(), "silent": max(SILENT_S, 2 * _seconds(self.records)), "resume": f"{run['command']} --c"}
             values["clock"] = time.strftime("%Y-%m-%d %H:%M:%S")
             write_page(self.folder / "index.html", title, lead, [section for section in sections if section.parts], template="run.html", **values)

@@ -70,7 +70,7 @@ def read_metrics(file: Path) -> list[Record]:
 class MetricsFile:
     """metrics.jsonl: one JSON object per epoch, appended; whatever follows the step where a run continues is cut off first."""
 
-    lasting = True
+    lasting: ClassVar[bool] = True
 
     def __init__(self, file: Path, step: int) -> None:
         self.file, self.records = file, [record for record in read_metrics(file) if record["step"] <= step]
@@ -101,7 +101,7 @@ class MetricsFile:
 class ProgressPicture:
     """progress.png: all curves, redrawn so rarely that it costs next to nothing."""
 
-    lasting = True
+    lasting: ClassVar[bool] = True
 
     def __init__(self, file: Path, records: list[Record]) -> None:
         self.file, self.records, self.pace, self.drawn = file, list(records), Pace(), len(records)
@@ -127,10 +127,11 @@ class ProgressPicture:
 class TensorBoard:
     """Event files in the folder tensorboard; `tensorboard --logdir $nnssl_results` compares runs."""
 
-    lasting = False
+    lasting: ClassVar[bool] = False
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
-        self.folder, self.settings, self.step, self.writer = folder / "tensorboard", settings, step, None
+        self.folder, self.settings, self.step = folder / "tensorboard", settings, step
+        self.writer: Any = None
 
     def _open(self) -> Any:
         if self.writer is None:  # imported when there is something to write: it takes a second
@@ -161,7 +162,7 @@ class TensorBoard:
 class _Server:
     """The run's name on a server and the last step sent, kept in the results folder: a continued run goes on in the same curves."""
 
-    lasting = False
+    lasting: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, folder: Path, step: int) -> None:
