@@ -69,7 +69,8 @@ def read_voxels(path: Path, uid: str, geometry: Geometry) -> np.ndarray:
     for file, planes in places.items():
         frames, rescaled = _pixels(headers[file])
         for place, plane in planes:
-            array[place] = frames[plane.frame] if rescaled else frames[plane.frame] * np.float64(plane.slope) + plane.intercept
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity is a verdict of its own
+                array[place] = frames[plane.frame] if rescaled else frames[plane.frame] * np.float64(plane.slope) + plane.intercept
     return array
 
 

@@ -66,7 +66,8 @@ def read_voxels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         return stored.astype(np.float32)
     array = np.empty(shape, np.float32)
     for here, there in zip(array, stored):  # slice by slice: float64 of the whole would need twice the memory
-        here[:] = there * np.float64(slope) + intercept
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity is a verdict of its own
+            here[:] = there * np.float64(slope) + intercept
     return array
 
 

@@ -11,7 +11,7 @@ import SimpleITK
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.io.index import Case
 from nnssl_ext.io.readers import read_case, read_header, read_volume
-from tests.make_raw import body_volume, write_image
+from tests.make_raw import body_volume, write_dicom, write_image
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"])
@@ -35,20 +35,29 @@ def test_world_coordinates_equal_simpleitks_for_an_oblique_volume(tmp_path):
         assert geometry.to_world(voxel) == pytest.approx(image.TransformIndexToPhysicalPoint(voxel[::-1]), abs=1e-4)
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
-def test_all_48_orientations_keep_voxels_and_world_coordinates(ending, tmp_path):
-    array = body_volume((5, 6, 7))
+def test_all_48_orientations_are_the_same_image_in_four_formats(tmp_path):
+    """Each value lies where SimpleITK puts it; only DICOM, whose slices ascend along their normal, reverses z of left-handed frames."""
+    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    seen = 0
     for axes in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
+            direction, seen = np.eye(3)[list(axes)] * signs, seen + 1
             image = SimpleITK.GetImageFromArray(array)
             image.SetSpacing((0.7, 1.3, 2.5))
             image.SetOrigin((-5, 8, 3))
-            image.SetDirection((np.eye(3)[list(axes)] * signs).ravel())
-            SimpleITK.WriteImage(image, str(tmp_path / f"image{ending}"))
-            read, geometry = read_volume(tmp_path / f"image{ending}")
-            assert np.array_equal(read, array)
-            for voxel in itertools.product((0, 4), (0, 5), (0, 6)):
-                assert geometry.to_world(voxel) == pytest.approx(image.TransformIndexToPhysicalPoint(voxel[::-1]), abs=1e-4)
+            image.SetDirection(direction.ravel())
+            paths = [tmp_path / f"image{ending}" for ending in (".nii.gz", ".nrrd", ".mha")]
+            for path in paths:
+                SimpleITK.WriteImage(image, str(path))
+            paths.append(write_dicom(tmp_path / f"series{seen}", array, (2.5, 1.3, 0.7), (-5, 8, 3), direction))
+            for path in paths:
+                read, geometry = read_volume(path)
+                reverse = path.is_dir() and np.linalg.det(direction) < 0
+                assert np.array_equal(read, array[::-1] if reverse else array)
+                for voxel in np.ndindex(read.shape):
+                    there = np.argwhere(array == read[voxel])[0]
+                    assert np.abs(geometry.to_world(voxel) - image.TransformIndexToPhysicalPoint([int(n) for n in there[::-1]])).max() < 1e-4
+    assert seen == 48
 
 
 def fails(path, message):
