@@ -2,7 +2,9 @@
 
 import gzip
 import itertools
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import SimpleITK
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.io.index import Case
-from nnssl_ext.io.readers import read_case, read_header, read_volume
+from nnssl_ext.io.readers import KINDS, WARNINGS, read_case, read_header, read_volume
 from tests.make_raw import body_volume, write_dicom, write_image
 
 
@@ -171,3 +173,12 @@ def test_channels_are_stacked_and_must_share_their_grid(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"channels of case a differ in {name}"):
             read_case(Case("a", "a", "1", (paths[0], changed), ("T1", "T2")))
+
+
+def test_every_kind_of_defect_is_documented_and_every_raised_one_has_a_sentence():
+    root = Path(__file__).parents[3]
+    page = (root / "documentation" / "how-to" / "own_data.md").read_text(encoding="utf-8")
+    assert all(f"| `{kind}` | {sentence} |" in page for kind, sentence in KINDS.items()) and WARNINGS < set(KINDS)
+    sources = [root / "nnssl_ext" / "io" / f"{name}.py" for name in ("dicom", "dicom_files", "hdf5", "itk", "nifti", "readers")]
+    raised = {kind for file in sources for kind in re.findall(r'ImageError\(\s*"(\w+)"', file.read_text(encoding="utf-8"))}
+    assert raised and raised <= set(KINDS) - WARNINGS
