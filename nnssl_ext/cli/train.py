@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nnssl_ext.cli.common import parser, run
 
@@ -25,12 +26,18 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(arguments(), _main, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser_ = arguments()
+    parser_.set_defaults(argv=argv)
+    return run(parser_, _main, argv)
 
 
 def _main(options: argparse.Namespace) -> int:
     from nnssl_ext.trainers.launch import Run, start
 
     chosen = Run(options.dataset, options.configuration, options.tr, options.p, options.b, tuple(options.o), options.device, options.c, options.val)
-    start(chosen, options.num_gpus)
-    return 0
+    return start(chosen, options.num_gpus, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

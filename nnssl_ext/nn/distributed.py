@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import sys
-from collections.abc import Callable
-from typing import Any
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from nnssl_ext.core.errors import UserError
-
-USER_ERROR = 2  # exit code, as on the command line
+GRACE_S = 20.0  # for the other processes when one has failed
 
 
 def rank() -> int:
@@ -38,31 +39,87 @@ def mean(value: float, device: torch.device) -> float:
     return float(total) / ranks()
 
 
-def launch(function: Callable[..., Any], processes: int, device: str, *arguments: Any) -> None:
-    """Run ``function(*arguments)`` in `processes` processes that form one group (nccl on CUDA, gloo on the CPU)."""
-    if processes == 1:
-        function(*arguments)
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each number's largest value over all ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [float(value) for value in found]
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun, SLURM or `launch` started together, if any (nccl on CUDA, gloo on the CPU)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        yield
         return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(command: Sequence[str], processes: int) -> int:
+    """Run a command in `processes` processes of one group on this machine, told apart as torchrun does (RANK, WORLD_SIZE, ...).
+
+    SIGTERM, SIGUSR1 and SIGINT are passed on. When one process fails, the others are ended.
+
+    Returns:
+        0, or the exit code of the first process that failed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    try:
-        torch.multiprocessing.spawn(_member, (processes, device, port, function, arguments), nprocs=processes)
-    except torch.multiprocessing.ProcessExitedException as error:
-        if error.exit_code == USER_ERROR:
-            raise SystemExit(USER_ERROR) from None
-        raise
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
+    started: list[subprocess.Popen[bytes]] = []
 
+    def pass_on(number: int, _: object) -> None:
+        for process in started:
+            process.send_signal(number)
 
-def _member(index: int, processes: int, device: str, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if device == "cuda":
-        torch.cuda.set_device(index)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=index, world_size=processes)
+    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        function(*arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR)  # at once: the other processes may wait for this one
+        for rank_ in range(processes):
+            own = {"RANK": str(rank_), "LOCAL_RANK": str(rank_), "NNSSL_LAUNCHER": str(os.getpid())}
+            started.append(subprocess.Popen(list(command), env={**os.environ, **shared, **own}))
+        while True:
+            codes = [process.poll() for process in started]
+            failed = [code for code in codes if code]
+            if failed or None not in codes:
+                break
+            time.sleep(0.1)
+        telling = next((code for code in failed if code != 1), *failed[:1]) if failed else 0  # 1: lost its connection to one that ended before
+        return telling if telling >= 0 else 128 - telling
     finally:
-        dist.destroy_process_group()
+        _end(started)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: all ranks react to a stop together, so that the others get a while to end by themselves."""
+    end = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def end_with_launcher() -> None:
+    """In a process that `launch` started: end when the launcher is killed, instead of waiting for the others for ever."""
+    launcher = os.environ.get("NNSSL_LAUNCHER")
+    if launcher:
+        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)

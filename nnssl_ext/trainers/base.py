@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +26,15 @@ from nnssl_ext.data.views import ViewSpec
 from nnssl_ext.nn import distributed
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
 from nnssl_ext.preprocessing.store import CaseStore
-from nnssl_ext.trainers.checkpoint import adaptation_plan, load_checkpoint, on_cpu, save_checkpoint
+from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
 from nnssl_ext.trainers.config import SPEED_ONLY, as_plain
+from nnssl_ext.trainers.guards import NonFiniteGuard
 from nnssl_ext.trainers.logging import Bar, RunLog
 from nnssl_ext.trainers.optim import choose_recipe, learning_rate, make_optimizer, parameter_groups
 from nnssl_ext.trainers.pictures import draw_volumes
+from nnssl_ext.trainers.resumption import content_of, restore
+from nnssl_ext.trainers.signals import Stopped, StopSignals
+from nnssl_ext.trainers.update import Outcome, Updater
 
 Losses = dict[str, Tensor]
 PICTURES = 20  # pictures of views and predictions over a whole run
@@ -68,6 +72,9 @@ class SSLTrainer:
         weight_decay: float | None = None
         warmup: float | None = None  # share of all steps with linearly rising learning rate
         clip: float | None = None  # largest norm of the gradient
+        accumulate: int = 1  # batches per optimiser step
+        precision: str = "auto"  # of the forward pass: "fp32", "bf16", "fp16"; "auto" = bf16 on CUDA, fp32 on the CPU
+        max_skips: int = 20  # optimiser steps in a row that may be skipped because something is not finite
         seed: int = 0
         workers: int | None = field(default=None, metadata=SPEED_ONLY)  # loader processes; None = 1 on the CPU, up to 8 beside a GPU
 
@@ -132,6 +139,18 @@ class SSLTrainer:
         if self.ranks > 1:
             self.parallel = DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(self.param_groups(self.model), self.recipe)
+        self.signals = StopSignals()
+        self.update = Updater(
+            self.parallel,
+            self.optimizer,
+            lambda batch: self.step(self.parallel, batch),
+            self.device,
+            precision=self.config.precision,
+            clip=self.recipe.clip,
+            accumulate=self.config.accumulate,
+            received=lambda: self.signals.received,
+        )
+        self.guard = NonFiniteGuard(self.folder if self.rank == 0 else None, self.config.max_skips)
         self.next_step = 0
         self.sums: dict[str, float] = {}
 
@@ -143,14 +162,15 @@ class SSLTrainer:
             stop_at: optimiser step.
 
         Raises:
-            UserError: the folder is in use or holds another run; loss or gradient is not finite.
+            UserError: the folder is in use or holds another run; too many steps were not finite; a loader process died.
+            Stopped: by SIGTERM or SIGUSR1; checkpoint_latest holds the last step.
         """
         with ExitStack() as stack:
             if self.rank == 0:
                 stack.enter_context(FolderLock(self.folder))
             self.initialize()
             if resume:
-                self.resume(self.folder / "checkpoint_latest.pth")
+                self.load(load_latest(self.folder), self.folder)
             elif (self.folder / "checkpoint_latest.pth").exists():
                 raise UserError("the results folder already holds a run", self.folder, "continue it with --c, or move the folder away")
             distributed.barrier()
@@ -158,55 +178,56 @@ class SSLTrainer:
                 self._loop(stack, min(stop_at or self.total_steps, self.total_steps))
 
     def _loop(self, stack: ExitStack, stop: int) -> None:
-        start, iterations = self.next_step, self.config.iterations
+        start, iterations, accumulate = self.next_step, self.config.iterations, self.config.accumulate
         if self.rank == 0:
             self._describe()
         log = RunLog(self.folder, start // iterations, quiet=self.rank > 0)
         bar = stack.enter_context(Bar(self.total_steps, start, quiet=self.rank > 0))
-        loader = batches(self._dataset(self.train_cases, "train"), start, stop, self.workers, pin=self.device.type == "cuda")
-        began, waited = time.monotonic(), 0.0
+        stack.enter_context(self.signals)
+        loader = batches(self._dataset(self.train_cases, "train"), start * accumulate, stop * accumulate, self.workers, pin=self.device.type == "cuda")
+        began, self.waited = time.monotonic(), 0.0
         for step in range(start, stop):
-            before = time.monotonic()
-            batch = {name: view.to(self.device) for name, view in next(loader).items()}
-            waited += time.monotonic() - before
-            for name, value in self._update(step, batch).items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
+            outcome = self._update(step, loader)
+            self.guard.seen(step, outcome, self.state, bar.say)
             self.next_step = step + 1
-            bar.advance(step + 1, self.sums["total"] / (step % iterations + 1))
+            if outcome.applied:
+                for name, value in {**outcome.values, "steps": 1.0}.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                bar.advance(step + 1, self.sums["total"] / self.sums["steps"])
             if self.next_step % iterations == 0:
                 seconds = time.monotonic() - began
-                speed = (step + 1 - max(start, step + 1 - iterations)) * self.batch_size * self.ranks / seconds
-                self._end_epoch(batch, log, bar, {"seconds": seconds, "samples_per_second": speed, "data_wait_share": waited / seconds})
-                began, waited = time.monotonic(), 0.0
+                speed = (step + 1 - max(start, step + 1 - iterations)) * self.batch_size * accumulate * self.ranks / seconds
+                self._end_epoch(log, bar, {"seconds": seconds, "samples_per_second": speed, "data_wait_share": self.waited / seconds})
+                began, self.waited = time.monotonic(), 0.0
+            if outcome.signal:
+                self.save("latest")
+                raise Stopped(outcome.signal)
         self.save("latest")
         if self.next_step == self.total_steps:
             self.save("final")
 
-    def _update(self, step: int, batch: Batch) -> dict[str, float]:
-        torch.manual_seed(torch_seed(self.config.seed, step * self.ranks + self.rank, "step"))
+    def _update(self, step: int, loader: Iterator[Batch]) -> Outcome:
         rate = learning_rate(step, self.total_steps, self.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.parallel.train()
-        losses = self._losses(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        if not math.isfinite(values["total"]) or not bool(torch.isfinite(norm)):
-            what = f"loss ({values['total']:g}) or gradient norm ({float(norm):g}) is not finite at step {step}"
-            raise UserError(what, self.folder, f"lower the learning rate (now {rate:g}) or continue the last good checkpoint with --c")
-        self.optimizer.step()
-        self.after_update(step)
-        return values
+        numbers = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+        seeds = (torch_seed(self.config.seed, number * self.ranks + self.rank, "step") for number in numbers)
+        outcome = self.update((self._next(loader) for _ in numbers), seeds)
+        if outcome.applied:
+            self.after_update(step)
+        return outcome
 
-    def _losses(self, batch: Batch) -> Losses:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.step(self.parallel, batch)
+    def _next(self, loader: Iterator[Batch]) -> Batch:
+        before = time.monotonic()
+        self.batch = {name: view.to(self.device) for name, view in next(loader).items()}
+        self.waited += time.monotonic() - before
+        return self.batch
 
-    def _end_epoch(self, batch: Batch, log: RunLog, bar: Bar, timing: dict[str, float]) -> None:
+    def _end_epoch(self, log: RunLog, bar: Bar, timing: dict[str, float]) -> None:
         epoch = self.next_step // self.config.iterations - 1
-        train = {name: distributed.mean(total / self.config.iterations, self.device) for name, total in self.sums.items()}
+        steps = self.sums.pop("steps", 0.0)
+        train = {name: distributed.mean(total / steps, self.device) for name, total in self.sums.items()} or {"total": math.nan}
         val, self.sums = self.validate(), {}
         record: dict[str, Any] = {"epoch": epoch, "step": self.next_step, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"{side}/{name}": value for side, losses in (("train", train), ("val", val)) for name, value in losses.items()}
@@ -217,7 +238,7 @@ class SSLTrainer:
             self.next_step,
         )
         if self.rank == 0 and (epoch % max(1, self.config.epochs // PICTURES) == 0 or epoch + 1 == self.config.epochs):
-            self._draw(epoch, batch)
+            self._draw(epoch)
         score = val.get("total", train["total"])
         if score < self.best:
             self.best = score
@@ -235,61 +256,37 @@ class SSLTrainer:
         dataset = self._dataset(self.val_cases, "val")
         for step in range(count):
             torch.manual_seed(torch_seed(self.config.seed, step * self.ranks + self.rank, "val"))
-            for name, value in self._losses({name: view.to(self.device) for name, view in dataset[step].items()}).items():
+            with self.update.autocast():
+                losses = self.step(self.parallel, {name: view.to(self.device) for name, view in dataset[step].items()})
+            for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {name: distributed.mean(value / count, self.device) for name, value in sums.items()}
 
     def save(self, name: str) -> None:
         """Write checkpoint_NAME.pth (rank 0 only)."""
         if self.rank == 0:
-            save_checkpoint(self.folder / f"checkpoint_{name}.pth", self.state())
+            previous = self.folder / "checkpoint_previous.pth" if name == "latest" else None
+            save_checkpoint(self.folder / f"checkpoint_{name}.pth", self.state(), previous)
 
     def state(self) -> dict[str, Any]:
         """Content of a checkpoint; plain types and tensors, no patient metadata."""
-        return {
-            "trainer_name": type(self).__name__,
-            "family": self.family,
-            "configuration": self.configuration,
-            "transfer": "encoder+decoder" if self.trains_decoder and "decoder" in self.backbone.supports else "encoder",
-            "network_weights": on_cpu(self.transferred().network_weights()),
-            "nnssl_adaptation_plan": adaptation_plan(self.backbone, self.config_plan, self.configuration).as_dict(),
-            "citations": [{"type": "Pretraining method", "name": type(self).__name__, "apa_citations": [self.citation]}] if self.citation else [],
-            "ssl_state": on_cpu(self.model.state_dict()),
-            "optimizer_state": on_cpu(self.optimizer.state_dict()),
-            "step": self.next_step,
-            "sums": dict(self.sums),
-            "best": self.best,
-            "config": as_plain(self.config),
-            "plan": self.plan.as_dict(),
-            "versions": {name: importlib.metadata.version(name) for name in ("nnssl_ext", "torch", "timm", "dynamic_network_architectures")},
-            "data_hash": self.store.data_hash(),
-        }
+        return content_of(self)
 
-    def resume(self, path: Path) -> None:
-        """Load model, optimiser and position from a checkpoint of this very run.
+    def load(self, content: dict[str, Any], path: Path) -> None:
+        """Take model, optimiser and position from the content of a checkpoint of this very run.
 
         Raises:
-            UserError: no such checkpoint, or one of another method, configuration or hyper-parameters.
+            UserError: it is one of another method, configuration or hyper-parameters.
         """
-        content = load_checkpoint(path)
-        config = as_plain(self.config)
-        other = [key for key, value in config.items() if content["config"].get(key) != value and key != "workers"]
-        if (content["trainer_name"], content["family"], content["configuration"]) != (type(self).__name__, self.family, self.configuration) or other:
-            differs = ", ".join(other) or "trainer, backbone or configuration"
-            raise UserError(f"the checkpoint is of another run (differs in: {differs})", path, "repeat the options of that run")
-        if content["data_hash"] != self.store.data_hash() and self.rank == 0:
-            print("warning: the preprocessed data changed since this checkpoint; the run will differ from an uninterrupted one")
-        self.model.load_state_dict(content["ssl_state"])
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        self.next_step, self.sums, self.best = content["step"], dict(content["sums"]), content["best"]
+        restore(self, content, path)
 
     def _dataset(self, cases: list[int], stream: str) -> StepDataset:
         return StepDataset(self.store, self.views(), cases, self.config.seed, self.batch_size, rank=self.rank, ranks=self.ranks, stream=stream)
 
     @torch.no_grad()
-    def _draw(self, epoch: int, batch: Batch) -> None:
+    def _draw(self, epoch: int) -> None:
         self.model.eval()
-        if rows := self.picture(batch):
+        if rows := self.picture(self.batch):
             draw_volumes(rows, self.folder / "pictures" / f"epoch_{epoch + 1:04d}.png", f"{type(self).__name__}, epoch {epoch + 1}")
 
     def _describe(self) -> None:

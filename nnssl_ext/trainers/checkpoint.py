@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
+import shutil
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -16,6 +20,8 @@ from nnssl_ext.core.plan import ConfigPlan
 from nnssl_ext.nn.backbones.base import Backbone
 
 FORMAT_VERSION = 1
+_MARK = b"nnssl sha256 "
+_COMMENT_BYTES = len(_MARK) + 64
 PRIMUS_PRESETS = {(396, 12, 6): "PrimusS", (792, 12, 12): "PrimusB", (864, 16, 12): "PrimusM", (1056, 24, 16): "PrimusL"}
 
 
@@ -43,18 +49,43 @@ def on_cpu(content: Any, seen: dict[tuple[Any, ...], torch.Tensor] | None = None
     return content
 
 
-def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
-    """Write a checkpoint: whole or not at all, the former file stays until the new one is on the disk."""
+def save_checkpoint(path: Path | str, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Write a checkpoint: whole or not at all, the former file stays until the new one is on the disk.
+
+    The file is an ordinary one of PyTorch; the comment of its zip archive holds the SHA-256 of all that precedes it.
+
+    Args:
+        path: the file.
+        content: tensors and plain types.
+        previous: keeps the former file under this name.
+    """
+    path = Path(path)
     with atomic_path(path) as temporary:
         torch.save({"format_version": FORMAT_VERSION, **content}, temporary)
+        with open(temporary, "rb+") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", _COMMENT_BYTES))
+            file.seek(0)
+            digest = _sha256(file, file.seek(0, os.SEEK_END))
+            file.write(_MARK + digest.encode())
+        if previous is not None and path.exists():
+            with atomic_path(previous) as link:
+                link.unlink()
+                try:
+                    os.link(path, link)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, link)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Read a checkpoint on the CPU; only tensors and plain types are accepted.
 
     Raises:
-        UserError: the file is missing, unreadable, not a checkpoint or of another format version.
+        UserError: the file is missing, damaged, not a checkpoint or of another format version.
     """
+    path = Path(path)
+    if path.is_file():
+        _check_hash(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -68,3 +99,46 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"checkpoint format version {version}, this version reads {FORMAT_VERSION}", path, "use the version of nnssl_ext that wrote it")
     return content
+
+
+def load_latest(folder: Path) -> dict[str, Any]:
+    """checkpoint_latest.pth of a run, or checkpoint_previous.pth where that one is damaged.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    latest, previous = folder / "checkpoint_latest.pth", folder / "checkpoint_previous.pth"
+    if not latest.exists():
+        return load_checkpoint(previous if previous.exists() else latest)
+    try:
+        return load_checkpoint(latest)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        content = load_checkpoint(previous)
+        print(f"warning: {error.what}; continuing from {previous.name}, step {content['step']}")
+        return content
+
+
+def _check_hash(path: Path) -> None:
+    """Compare the file with the hash in its comment; a file without any comment (of another program) passes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _COMMENT_BYTES))
+        comment = file.read()
+        if comment.startswith(_MARK):
+            sound = _sha256(file, size - _COMMENT_BYTES) == comment[len(_MARK) :].decode("ascii", "replace")
+        else:
+            sound = comment[-22:-18] == b"PK\x05\x06" and comment.endswith(b"\0\0")
+    if not sound:
+        raise UserError("the checkpoint can't be read: it is damaged", path, "use another checkpoint of the same folder")
+
+
+def _sha256(file: BinaryIO, count: int) -> str:
+    """Of the first `count` bytes; leaves the position behind them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while count > 0 and (block := file.read(min(count, 1 << 20))):
+        digest.update(block)
+        count -= len(block)
+    return digest.hexdigest()

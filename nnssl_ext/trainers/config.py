@@ -50,6 +50,11 @@ def _convert(value: str, kind: Any, text: str) -> Any:
         raise UserError(f"'{value}' is not a valid {kind.__name__}", f"option -o {text}") from None
 
 
+def speed_only(config: Any) -> set[str]:
+    """Names of the fields that change no result."""
+    return {field.name for field in dataclasses.fields(config) if not field.metadata.get("folder", True)}
+
+
 def as_plain(config: Any) -> dict[str, Any]:
     """The fields of a configuration in JSON types."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}

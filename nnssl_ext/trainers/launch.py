@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,9 @@ from nnssl_ext.core.registry import find_class
 from nnssl_ext.nn import distributed
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import SSLTrainer
+from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.config import folder_suffix, parse_overrides
+from nnssl_ext.trainers.signals import Stopped
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,25 @@ class Run:
     validate_only: bool = False
 
 
+def device_of(run: Run) -> str:
+    """ "cuda" where there is a card, unless the run says otherwise.
+
+    Raises:
+        UserError: it wants a card, and there is none.
+    """
+    device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    return device
+
+
 def make_trainer(run: Run) -> SSLTrainer:
     """The trainer that `run` describes; nothing is written or trained yet.
 
     Raises:
         UserError: unknown dataset, plans, configuration, trainer, backbone family or hyper-parameter; no preprocessed cases.
     """
-    device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    device = device_of(run)
     name = dataset_name(run.dataset, (PREPROCESSED, RAW))
     file = preprocessed_folder(name) / f"{run.plans}.json"
     if not file.is_file():
@@ -55,23 +69,36 @@ def make_trainer(run: Run) -> SSLTrainer:
     return cls(plan, run.configuration, config, store, folder, family=family, device=device)
 
 
-def start(run: Run, processes: int = 1) -> None:
-    """Train (or validate) in this process, or in several that form one group."""
-    device = make_trainer(run).device.type  # every mistake shows before processes are started
-    if device == "cuda" and processes > torch.cuda.device_count():
+def start(run: Run, processes: int, command: Sequence[str]) -> int:
+    """Train (or validate) in this process, or run `command` in several that form one group.
+
+    Returns:
+        the exit code.
+    """
+    if processes == 1 or "RANK" in os.environ:
+        distributed.end_with_launcher()
+        with distributed.group(device_of(run)):
+            return _work(run)
+    if make_trainer(run).device.type == "cuda" and processes > torch.cuda.device_count():  # every mistake shows before processes are started
         raise UserError(f"{processes} cards wanted, {torch.cuda.device_count()} found", "option -num_gpus")
-    distributed.launch(_work, processes, device, run)
+    return distributed.launch(command, processes)
 
 
-def _work(run: Run) -> None:
+def _work(run: Run) -> int:
     trainer = make_trainer(run)
     if trainer.rank == 0:
         print(f"results: {trainer.folder}")
     if run.validate_only:
         trainer.initialize()
-        trainer.resume(trainer.folder / "checkpoint_best.pth")
+        trainer.load(load_checkpoint(trainer.folder / "checkpoint_best.pth"), trainer.folder)
         print("  ".join(f"{name} {value:.6f}" for name, value in trainer.validate().items()) or "no validation cases (fewer than three subjects)")
-        return
-    trainer.fit(resume=run.resume)
+        return 0
+    try:
+        trainer.fit(resume=run.resume)
+    except Stopped as stopped:
+        if trainer.rank == 0:
+            print(stopped)
+        return stopped.exit_code
     if trainer.rank == 0:
         print(f"done: {trainer.folder / 'checkpoint_final.pth'}")
+    return 0

@@ -89,6 +89,11 @@ class Bar:
         """After step number `step` (counted from 1)."""
         self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def line(self, text: str, step: int) -> None:
         """A line that stays, with the time that is left."""
         if not self.quiet:

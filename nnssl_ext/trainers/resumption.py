@@ -1,0 +1,61 @@
+"""From a trainer to the content of a checkpoint and back, so that a run continues as if it had never stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.trainers.checkpoint import adaptation_plan, on_cpu
+from nnssl_ext.trainers.config import as_plain, speed_only
+
+if TYPE_CHECKING:
+    from nnssl_ext.trainers.base import SSLTrainer
+
+VERSIONS = ("nnssl_ext", "torch", "timm", "dynamic_network_architectures")
+
+
+def content_of(trainer: SSLTrainer) -> dict[str, Any]:
+    """Content of a checkpoint; plain types and tensors, no patient metadata."""
+    name = type(trainer).__name__
+    return {
+        "trainer_name": name,
+        "family": trainer.family,
+        "configuration": trainer.configuration,
+        "transfer": "encoder+decoder" if trainer.trains_decoder and "decoder" in trainer.backbone.supports else "encoder",
+        "network_weights": on_cpu(trainer.transferred().network_weights()),
+        "nnssl_adaptation_plan": adaptation_plan(trainer.backbone, trainer.config_plan, trainer.configuration).as_dict(),
+        "citations": [{"type": "Pretraining method", "name": name, "apa_citations": [trainer.citation]}] if trainer.citation else [],
+        "ssl_state": on_cpu(trainer.model.state_dict()),
+        "optimizer_state": on_cpu(trainer.optimizer.state_dict()),
+        "scaler_state": trainer.update.scaler.state_dict(),
+        "guard_state": trainer.guard.state(),
+        "step": trainer.next_step,
+        "sums": dict(trainer.sums),
+        "best": trainer.best,
+        "config": as_plain(trainer.config),
+        "plan": trainer.plan.as_dict(),
+        "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
+        "data_hash": trainer.store.data_hash(),
+    }
+
+
+def restore(trainer: SSLTrainer, content: dict[str, Any], path: Path) -> None:
+    """Take model, optimiser and position from the content of a checkpoint of this very run.
+
+    Raises:
+        UserError: it is one of another method, configuration or hyper-parameters.
+    """
+    config = as_plain(trainer.config)
+    other = [key for key, value in config.items() if content["config"].get(key, value) != value and key not in speed_only(trainer.config)]
+    if (content["trainer_name"], content["family"], content["configuration"]) != (type(trainer).__name__, trainer.family, trainer.configuration) or other:
+        differs = ", ".join(other) or "trainer, backbone or configuration"
+        raise UserError(f"the checkpoint is of another run (differs in: {differs})", path, "repeat the options of that run")
+    if content["data_hash"] != trainer.store.data_hash() and trainer.rank == 0:
+        print("warning: the preprocessed data changed since this checkpoint; the run will differ from an uninterrupted one")
+    trainer.model.load_state_dict(content["ssl_state"])
+    trainer.optimizer.load_state_dict(content["optimizer_state"])
+    trainer.update.scaler.load_state_dict(content["scaler_state"])
+    trainer.guard.load(content["guard_state"])
+    trainer.next_step, trainer.sums, trainer.best = content["step"], dict(content["sums"]), content["best"]

@@ -1,0 +1,105 @@
+"""One optimiser step: forward and backward over its micro-batches, clipping, and a guard against numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl_ext.core.errors import UserError
+from nnssl_ext.nn import distributed
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step.
+
+    Args:
+        values: mean losses over the micro-batches.
+        norm: of the gradient before clipping.
+        applied: False where the step was skipped because something was not finite (on any rank).
+        signal: number of the stop signal that reached any rank, or 0.
+    """
+
+    values: dict[str, float]
+    norm: float
+    applied: bool
+    signal: int
+
+
+class Updater:
+    """Runs optimiser steps.
+
+    Args:
+        model: the module to call, wrapped for several processes or not.
+        optimizer: its optimiser.
+        losses: named losses of a batch; "total" is optimised.
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 on CUDA, fp32 on the CPU.
+        clip: largest norm of the gradient.
+        accumulate: micro-batches per step.
+        received: the stop signal received so far, 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        losses: Callable[[Any], dict[str, Tensor]],
+        device: torch.device,
+        *,
+        precision: str,
+        clip: float,
+        accumulate: int,
+        received: Callable[[], int] = lambda: 0,
+    ) -> None:
+        if precision not in (*PRECISIONS, "auto"):
+            raise UserError(f"unknown precision '{precision}'", "option -o precision", f"known: auto, {', '.join(PRECISIONS)}")
+        self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
+        self.dtype = PRECISIONS["bf16" if device.type == "cuda" else "fp32"] if precision == "auto" else PRECISIONS[precision]
+        self.clip, self.accumulate, self.received = clip, accumulate, received
+        self.statistics = [buffer for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def autocast(self) -> Any:
+        """The context in which losses are computed."""
+        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def __call__(self, batches: Iterable[Any], seeds: Iterable[int]) -> Outcome:
+        """One step; weights, optimiser and running statistics stay as they were when something is not finite.
+
+        Args:
+            batches: the step's micro-batches, on the device.
+            seeds: of each one's random numbers (dropout and the like).
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        before = [buffer.clone() for buffer in self.statistics]
+        sums: dict[str, float] = {}
+        for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
+            torch.manual_seed(seed)
+            last = number == self.accumulate or not isinstance(self.model, DistributedDataParallel)
+            with nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
+                with self.autocast():
+                    losses = self.losses(batch)
+                self.scaler.scale(losses["total"] / self.accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulate
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip))
+        finite = math.isfinite(sums["total"]) and math.isfinite(norm)
+        broken, signal = distributed.largest([float(not finite), float(self.received())], self.device)
+        if not broken:
+            self.scaler.step(self.optimizer)
+        else:
+            for buffer, former in zip(self.statistics, before):
+                buffer.copy_(former)
+        self.scaler.update()
+        return Outcome(sums, norm, not broken, int(signal))
