@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from nnssl_ext import __version__
-from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from nnssl_ext.preprocessing.parallel import Workers
@@ -20,13 +22,36 @@ DONE, SOME_FAILED, USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 70, 130
 
 
 def parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
-    """An argument parser in the project's style: example in the help, --version, --verbose."""
-    result = argparse.ArgumentParser(
+    """An argument parser in the project's style: example in the help, --version, --verbose, --print-completion."""
+    result = _Parser(
         prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     result.add_argument("--version", action="version", version=f"nnssl_ext {__version__}")
     result.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    result.add_argument("--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help="print a script that completes this command's options")
     return result
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake like every other one: what, where, how to mend it; not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        fix = f"see {self.prog} --help" if unknown is None else f"{did_you_mean(unknown[1], known)}; see {self.prog} --help".replace("?;", "?")
+        self.exit(USER_ERROR, f"error: {UserError(message, 'command line', fix)}\n")
+
+
+class _Completion(argparse.Action):
+    """Prints the completion script of the parser for a shell, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+        try:
+            shtab = importlib.import_module("shtab")
+        except ImportError:
+            parser.error("completion needs the package shtab: pip install shtab")
+        print(shtab.complete(parser, shell=values))
+        parser.exit(DONE)
 
 
 def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
