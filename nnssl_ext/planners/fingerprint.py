@@ -139,8 +139,11 @@ def _pass(dataset_name: str, cases: Sequence[Case], cache: Path, workers: Worker
     waiting = [case for case in cases if case.identifier not in stamps]
     if stamps:
         print(f"fingerprint of {dataset_name}: {len(stamps)} of {len(cases)} cases are known already, their files are unchanged")
-    work = partial(_record, cache=cache, samples=wanted)
-    done, failed = run_all(work, waiting, [case.identifier for case in waiting], workers, f"fingerprint of {dataset_name}", _memory)
+    done: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    if waiting:
+        work = partial(_record, cache=cache, samples=wanted)
+        done, failed = run_all(work, waiting, [case.identifier for case in waiting], workers, f"fingerprint of {dataset_name}", _memory)
     stamps |= done
     read: dict[str, dict[str, Any]] = {}
     errors: dict[str, Finding] = {}

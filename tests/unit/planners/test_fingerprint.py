@@ -7,8 +7,10 @@ import pytest
 import SimpleITK
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.io import journal
 from nnssl_ext.io.index import read_index
-from nnssl_ext.planners.fingerprint import SAMPLES, extract_fingerprint
+from nnssl_ext.planners import fingerprint
+from nnssl_ext.planners.fingerprint import CACHE, SAMPLES, TOTAL_SAMPLES, examine, extract_fingerprint, sample_count
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
 from nnssl_ext.preprocessing.parallel import Workers
 from tests.make_raw import body_volume, nnunet_dataset, pretrain_dataset, write_image
@@ -63,6 +65,46 @@ def test_one_and_two_processes_write_the_same_file(folders):
     single = file.read_bytes()
     extract_fingerprint("Dataset801_Test", Workers(2))
     assert file.read_bytes() == single
+
+
+def test_the_intensities_of_all_cases_together_stay_bounded():
+    assert [sample_count(channels) for channels in (1, 1000, 1001, 10_000, 10_001, 100_000)] == [10_000, 10_000, 1000, 1000, 100, 100]
+    assert all(channels * sample_count(channels) <= TOTAL_SAMPLES for channels in range(1, 100_001, 997))
+
+
+def test_fewer_samples_of_known_cases_are_those_of_a_new_pass(folders, monkeypatch):
+    raw = nnunet_dataset(folders["nnssl_raw"], cases=2)
+    write_image(raw / "imagesTr" / "case0_0000.nii.gz", body_volume((48, 48, 48)))  # more body than samples; case1 has less
+    folder = folders["nnssl_preprocessed"] / "Dataset801_Test"
+    examine("Dataset801_Test", Workers(1))
+    monkeypatch.setattr(fingerprint, "TOTAL_SAMPLES", 2000)
+    reads = []
+    describe = fingerprint._describe
+    monkeypatch.setattr(fingerprint, "_describe", lambda case, samples: reads.append(samples) or describe(case, samples))
+    known = {name: values[0] for name, values in examine("Dataset801_Test", Workers(1)).samples.items()}
+    assert reads == [] and {len(values) for values in known.values()} == {1000}
+    (folder / CACHE / "all.jsonl").unlink()
+    new = examine("Dataset801_Test", Workers(1)).samples
+    assert reads == [1000, 1000] and all(np.array_equal(known[name], new[name][0]) for name in known)
+    monkeypatch.setattr(fingerprint, "TOTAL_SAMPLES", TOTAL_SAMPLES)
+    examine("Dataset801_Test", Workers(1))
+    assert reads == [1000, 1000, SAMPLES, SAMPLES]  # too few are known
+
+
+def test_a_case_whose_record_got_lost_is_a_failure(folders, monkeypatch):
+    nnunet_dataset(folders["nnssl_raw"], cases=2)
+    append = journal.append
+    monkeypatch.setattr(journal, "append", lambda folder, record: append(folder, record) if record["name"] == "case0" else None)
+    found = extract_fingerprint("Dataset801_Test", Workers(1))
+    assert list(found["cases"]) == ["case0"] and "did not arrive" in found["failed"]["case1"]
+
+
+def test_an_unexpected_error_quarantines_its_case_alone(folders, monkeypatch):
+    nnunet_dataset(folders["nnssl_raw"], cases=3)
+    mask = fingerprint.body_mask
+    monkeypatch.setattr(fingerprint, "body_mask", lambda volume, modality: mask(volume, modality) if volume.max() != body_volume(index=1).max() else 1 / 0)
+    found = examine("Dataset801_Test", Workers(1))
+    assert found.counts() == {"ok": 2, "warning": 0, "quarantined": 1} and [finding.kind for finding in found.findings["case1"]] == ["unexpected"]
 
 
 def test_unreadable_cases_are_listed_and_the_others_described(folders):
