@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.planners.planner import Planner
 
@@ -49,7 +50,8 @@ def make_plan(memory_gb: float = 0.5, **fingerprint: Any) -> Plan:
 class ArrayStore:
     """The reading side of a CaseStore, in memory: smooth textures that differ from case to case."""
 
-    def __init__(self, cases: int = 8, shape: Sequence[int] = (40, 48, 44), channels: int = 1) -> None:
+    def __init__(self, cases: int = 8, shape: Sequence[int] = (40, 48, 44), channels: int = 1, spacing: Sequence[float] = (3.0, 3.0, 3.0)) -> None:
+        self.spacing = tuple(spacing)
         z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
         self.arrays = [
             np.stack([np.sin(z / 5 + i) + np.cos(y / (4 + c) + 0.1 * i) + np.sin(x / 3 + c) for c in range(channels)]).astype(np.float32) for i in range(cases)
@@ -66,6 +68,9 @@ class ArrayStore:
 
     def fill(self, case: int) -> list[float]:
         return [float(channel.min()) for channel in self.arrays[case]]
+
+    def geometry(self, case: int) -> Geometry:
+        return Geometry(self.shape(case), self.spacing)
 
     def body(self, case: int) -> np.ndarray:
         return np.ones([-(-n // 8) for n in self.shape(case)], bool)

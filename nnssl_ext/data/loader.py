@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.data.views import ViewSpec
+from nnssl_ext.data.views import View, ViewSpec
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -24,17 +24,20 @@ class ViewBatch:
         image: (B, C, z, y, x) float32.
         mask: (B, d, h, w) bool, True = hidden; None when nothing is hidden.
         cases: index of each sample's case in the store.
+        affine: (B, 3, 4) float64 on the CPU, from voxels of the view to voxels of the case.
     """
 
     image: Tensor
     mask: Tensor | None
     cases: tuple[int, ...]
+    affine: Tensor
 
     def to(self, device: torch.device) -> ViewBatch:
-        return ViewBatch(self.image.to(device, non_blocking=True), None if self.mask is None else self.mask.to(device, non_blocking=True), self.cases)
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return replace(self, image=self.image.to(device, non_blocking=True), mask=mask)
 
     def pin_memory(self) -> ViewBatch:
-        return ViewBatch(self.image.pin_memory(), None if self.mask is None else self.mask.pin_memory(), self.cases)
+        return replace(self, image=self.image.pin_memory(), mask=None if self.mask is None else self.mask.pin_memory())
 
 
 Batch = dict[str, ViewBatch]
@@ -82,10 +85,12 @@ class StepDataset(Dataset[Batch]):
         return {name: _collate([sample[name] for sample in samples], cases) for name in samples[0]}
 
 
-def _collate(views: Sequence, cases: tuple[int, ...]) -> ViewBatch:
-    masks = [view.mask for view in views]
-    mask = None if masks[0] is None else torch.from_numpy(np.stack(masks))
-    return ViewBatch(torch.from_numpy(np.stack([view.image for view in views])), mask, cases)
+def _collate(views: Sequence[View], cases: tuple[int, ...]) -> ViewBatch:
+    def stack(arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays))
+
+    masks = [view.mask for view in views if view.mask is not None]
+    return ViewBatch(stack([view.image for view in views]), stack(masks) if masks else None, cases, stack([view.affine for view in views]))
 
 
 def batches(dataset: StepDataset, start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:

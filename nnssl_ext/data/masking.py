@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nnssl_ext.data.views import View, random_crop
+from nnssl_ext.data.views import Crop, View
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -42,15 +42,15 @@ class MaskedCrop:
     """One random crop, as view "image", with `ratio` of its blocks hidden.
 
     Args:
-        patch_size: voxels, (z, y, x).
+        crop: where it comes from.
         block: voxels of a block, (z, y, x).
         ratio: share of blocks to hide, in (0, 1).
     """
 
-    patch_size: tuple[int, ...]
+    crop: Crop
     block: tuple[int, ...]
     ratio: float
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
-        view = random_crop(store, case, self.patch_size, rng)
-        return {"image": replace(view, mask=random_blocks(block_grid(self.patch_size, self.block), self.ratio, rng))}
+        view = self.crop.sample(store, case, rng)["image"]
+        return {"image": replace(view, mask=random_blocks(block_grid(self.crop.patch_size, self.block), self.ratio, rng))}

@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from nnssl_ext.core.geometry import Box, box_slices
+from nnssl_ext.data.interpolate import interpolate
+from nnssl_ext.data.sampling import random_box, whole
+from nnssl_ext.data.spatial import MILD, MIRROR, Spatial, bounds, is_slicing, make_affine
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -18,14 +21,12 @@ class View:
 
     Args:
         image: (C, z, y, x) float32.
-        box: voxels of the stored case that it shows, half-open; may reach beyond the case, padded there.
-        flips: whether each axis (z, y, x) was mirrored after reading.
+        affine: (3, 4) float64; voxel of the stored case = affine @ (z, y, x, 1) of the view, see `spatial`.
         mask: bool grid (d, h, w), True = hidden; None when nothing is hidden.
     """
 
     image: np.ndarray
-    box: Box
-    flips: tuple[bool, bool, bool]
+    affine: np.ndarray
     mask: np.ndarray | None = None
 
 
@@ -35,16 +36,10 @@ class ViewSpec(Protocol):
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]: ...
 
 
-def random_box(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> Box:
-    """A box of `size` voxels, uniform over all positions inside `shape`; an axis that is too short is centred."""
-    starts = [int(rng.integers(0, n - s + 1)) if n >= s else (n - s) // 2 for n, s in zip(shape, size)]
-    return tuple((start, start + s) for start, s in zip(starts, size))
-
-
 def read_box(store: CaseStore, case: int, box: Box) -> np.ndarray:
     """Voxels of `box`, (C, z, y, x) float32; outside the case the stored fill value of each channel (its background)."""
-    shape = store.shape(case)
-    inside = tuple((max(0, low), min(n, high)) for (low, high), n in zip(box, shape))
+    inside = tuple((min(max(0, low), n), max(0, min(n, high))) for (low, high), n in zip(box, store.shape(case)))
+    inside = tuple((low, max(low, high)) for low, high in inside)
     crop = store.read(case, inside)
     if inside == box:
         return crop
@@ -54,19 +49,109 @@ def read_box(store: CaseStore, case: int, box: Box) -> np.ndarray:
     return padded
 
 
-def random_crop(store: CaseStore, case: int, size: Sequence[int], rng: np.random.Generator) -> View:
-    """A uniformly placed crop, each axis mirrored with probability 1/2."""
-    box = random_box(store.shape(case), size, rng)
-    flips = tuple(bool(f) for f in rng.integers(0, 2, 3))
-    image = np.flip(read_box(store, case, box), tuple(axis + 1 for axis in range(3) if flips[axis]))
-    return View(np.ascontiguousarray(image), box, (flips[0], flips[1], flips[2]))
+def read_crops(store: CaseStore, case: int, affines: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Crops of one case, each (C, *size) float32, from one read of the box that holds them all.
+
+    A crop that is only shifted and mirrored is sliced, bit for bit; any other is interpolated once (trilinear).
+    """
+    boxes = [bounds(affine, size) for affine, size in zip(affines, sizes)]
+    box = tuple((min(low for low, _ in edges), max(high for _, high in edges)) for edges in zip(*boxes))
+    source = read_box(store, case, box)
+    origin = np.array([low for low, _ in box])
+    crops = []
+    for affine, size, own in zip(affines, sizes, boxes):
+        if is_slicing(affine):
+            mirrored = tuple(axis + 1 for axis in range(3) if affine[axis, axis] < 0)
+            inside = box_slices(tuple((low - start, high - start) for (low, high), start in zip(own, origin.tolist())))
+            crops.append(np.ascontiguousarray(np.flip(source[inside], mirrored)))
+        else:
+            crops.append(interpolate(source, np.column_stack((affine[:, :3], affine[:, 3] - origin)), size))
+    return crops
+
+
+def _spacing(store: CaseStore, case: int, spatial: Spatial) -> Sequence[float]:
+    """mm of the case, (z, y, x); any for views that are never rotated, because it cancels."""
+    return store.geometry(case).spacing if spatial.p_rotation else (1.0, 1.0, 1.0)
+
+
+def _extent(size: Sequence[int], zoom: np.ndarray) -> list[int]:
+    """Voxels of the case between whose centres those of a zoomed crop fit."""
+    return [int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom)]
+
+
+def _place(box: Box, size: Sequence[int], zoom: np.ndarray, spacing: Sequence[float], spatial: Spatial, rng: np.random.Generator) -> np.ndarray:
+    """The affine of a crop in the middle of a box, turned as `spatial` draws it."""
+    rotation, mirrored = spatial.draw_turn(rng)
+    return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One random mirrored crop of `patch_size` voxels, as view "image"."""
+    """One random crop, as view "image".
+
+    Args:
+        patch_size: voxels, (z, y, x).
+        spatial: how it is turned, zoomed and mirrored.
+        body: smallest share of the crop (before it is turned) that is body, where the case has such a place; [0, 1].
+    """
 
     patch_size: tuple[int, ...]
+    spatial: Spatial = MIRROR
+    body: float = 0.25
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
-        return {"image": random_crop(store, case, self.patch_size, rng)}
+        zoom = self.spatial.draw_zoom(rng)
+        body = store.body(case) if self.body else None
+        box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
+        affine = _place(box, self.patch_size, zoom, _spacing(store, case, self.spatial), self.spatial, rng)
+        return {"image": View(read_crops(store, case, [affine], [self.patch_size])[0], affine)}
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """Large and small crops of one neighbourhood, as views "global_0", "global_1", "local_0", ...
+
+    A sampling box is placed at random in the case; each crop shows a random share of its volume and is resized to its own
+    number of voxels in the same interpolation that turns it. All axes are zoomed alike. In a case smaller than the sampling
+    box the shares are smaller, and a crop of the smallest share that still doesn't fit is padded.
+
+    Args:
+        global_size, local_size: voxels of the crops, (z, y, x).
+        locals: number of small crops.
+        global_share, local_share: range of a crop's share of the sampling box, by volume; uniform.
+        box: edge of the sampling box over that of a global crop; clipped to the case.
+        spatial: how each crop is turned and mirrored (its zoom is not used).
+        body: smallest share of body in the sampling box and in each crop, where there is such a place; [0, 1].
+
+    Source: Caron et al. 2020, arXiv:2006.09882 (multi-crop).
+    """
+
+    global_size: tuple[int, ...]
+    local_size: tuple[int, ...]
+    locals: int = 8
+    global_share: tuple[float, float] = (0.25, 1.0)
+    local_share: tuple[float, float] = (0.03, 0.25)
+    box: float = 1.5
+    spatial: Spatial = MILD
+    body: float = 0.25
+
+    def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
+        body = store.body(case) if self.body else None
+        spacing, shape = _spacing(store, case, self.spatial), store.shape(case)
+        edges = [min(n, round(self.box * s)) for n, s in zip(shape, self.global_size)]
+        around = random_box(whole(shape), edges, rng, body, self.body)
+        plan = {f"global_{i}": (self.global_size, self.global_share) for i in range(2)}
+        plan |= {f"local_{i}": (self.local_size, self.local_share) for i in range(self.locals)}
+        affines = []
+        for size, share in plan.values():
+            zoom = np.full(3, self._zoom(size, share, edges, rng))
+            box = random_box(around, _extent(size, zoom), rng, body, self.body)
+            affines.append(_place(box, size, zoom, spacing, self.spatial, rng))
+        images = read_crops(store, case, affines, [size for size, _ in plan.values()])
+        return {name: View(image, affine) for name, image, affine in zip(plan, images, affines)}
+
+    def _zoom(self, size: Sequence[int], share: tuple[float, float], edges: Sequence[int], rng: np.random.Generator) -> float:
+        """One factor for all axes; as large as fits into the clipped box at most, but never below that of the smallest share."""
+        full = self.box**3 * np.prod(self.global_size) / np.prod(size)
+        fits = min((e - 1) / (s - 1) if s > 1 else np.inf for e, s in zip(edges, size)) ** 3 / full
+        return float((rng.uniform(share[0], np.clip(fits, *share)) * full) ** (1 / 3))

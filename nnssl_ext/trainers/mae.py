@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.data.masking import MaskedCrop, mask_block
-from nnssl_ext.data.views import ViewSpec
+from nnssl_ext.data.views import Crop, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.losses import masked_mse
@@ -44,7 +44,7 @@ class MAETrainer(SSLTrainer):
     def views(self) -> ViewSpec:
         token = self.network_plan.kwargs.get("patch_embed_size")
         block = tuple(token) if token else mask_block(self.config_plan.patch_size, self.config.mask_block)
-        return MaskedCrop(self.config_plan.patch_size, block, self.config.mask_ratio)
+        return MaskedCrop(Crop(self.config_plan.patch_size, body=0.0), block, self.config.mask_ratio)
 
     def build(self, backbone: Backbone) -> nn.Module:
         if isinstance(backbone, PrimusBackbone):

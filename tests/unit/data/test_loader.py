@@ -7,9 +7,10 @@ import pytest
 
 from nnssl_ext.data.loader import StepDataset, batches, split_subjects
 from nnssl_ext.data.masking import MaskedCrop
+from nnssl_ext.data.views import Crop
 from tests.make_data import ArrayStore
 
-SPEC = MaskedCrop((16, 16, 16), (8, 8, 8), 0.75)
+SPEC = MaskedCrop(Crop((16, 16, 16)), (8, 8, 8), 0.75)
 
 
 def digest(batch) -> str:

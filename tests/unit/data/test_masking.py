@@ -5,6 +5,7 @@ import pytest
 
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.masking import MaskedCrop, block_grid, mask_block, random_blocks
+from nnssl_ext.data.views import Crop
 from tests.make_data import ArrayStore
 
 
@@ -30,7 +31,7 @@ def test_blocks_are_sixteen_voxels_and_smaller_on_small_patches():
 
 
 def test_a_masked_crop_is_a_pure_function_of_seed_and_index():
-    store, spec = ArrayStore(), MaskedCrop((16, 24, 8), (8, 8, 8), 0.75)
+    store, spec = ArrayStore(), MaskedCrop(Crop((16, 24, 8)), (8, 8, 8), 0.75)
     first, again, other = (spec.sample(store, 0, sample_rng(5, n))["image"] for n in (7, 7, 8))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.mask, again.mask)
     assert first.mask.shape == (2, 3, 1) and first.mask.sum() == 4

@@ -1,0 +1,62 @@
+"""Where to crop: uniform over all positions, or over those that hold enough of the body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nnssl_ext.core.geometry import Box
+from nnssl_ext.preprocessing.store import BODY_CELL
+
+_TRIES = 64  # positions drawn before the whole grid is searched
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """All voxels of a case."""
+    return tuple((0, n) for n in shape)
+
+
+def random_box(within: Box, size: Sequence[int], rng: np.random.Generator, body: np.ndarray | None = None, minimum: float = 0.0) -> Box:
+    """A box of `size` voxels, uniform over all positions inside `within` where it holds enough body.
+
+    An axis that is too short is centred. After 64 tries the position comes from every 8th voxel of each axis: uniform over
+    those that hold enough, or over the best ones where none does.
+
+    Args:
+        body: cells of the case that hold body, see `CaseStore.body`.
+        minimum: share of the box's voxels that must lie in them, [0, 1].
+    """
+    firsts = [low if high - low >= s else low + (high - low - s) // 2 for (low, high), s in zip(within, size)]
+    counts = [max(0, high - low - s) + 1 for (low, high), s in zip(within, size)]
+    for _ in range(_TRIES):
+        box = tuple((first + start, first + start + s) for first, start, s in zip(firsts, [int(rng.integers(0, n)) for n in counts], size))
+        if body is None or body_share(body, box) >= minimum:
+            return box
+    assert body is not None
+    return _search(firsts, counts, size, rng, body, minimum)
+
+
+def body_share(body: np.ndarray, box: Box) -> float:
+    """Share of a box's voxels that lie in body cells; outside the case there is none."""
+    inside = [(max(0, low // BODY_CELL), max(0, min(cells, -(-high // BODY_CELL)))) for (low, high), cells in zip(box, body.shape)]
+    held = body[tuple(slice(*edge) for edge in inside)].astype(float)
+    for (first, last), (low, high) in zip(inside, box):
+        held = np.tensordot(_overlap(np.array([low]), high - low, np.arange(first, last)), held, (1, 0))[0]
+    return float(held) / float(np.prod([high - low for low, high in box]))
+
+
+def _overlap(starts: np.ndarray, size: int, cells: np.ndarray) -> np.ndarray:
+    """Voxels of each cell in [start, start + size), (starts, cells)."""
+    low, high = starts[:, None], starts[:, None] + size
+    return np.maximum(0, np.minimum(high, (cells + 1) * BODY_CELL) - np.maximum(low, cells * BODY_CELL))
+
+
+def _search(firsts: Sequence[int], counts: Sequence[int], size: Sequence[int], rng: np.random.Generator, body: np.ndarray, minimum: float) -> Box:
+    axes = [first + np.unique([*range(0, count, BODY_CELL), count - 1]) for first, count in zip(firsts, counts)]
+    held = body.astype(np.float32)
+    for starts, s in zip(axes, size):  # the last axis of `held` becomes this axis' starts
+        held = np.tensordot(held, _overlap(starts, s, np.arange(len(held))).astype(np.float32), (0, 1))
+    enough = np.argwhere(held >= min(minimum * np.prod(size), held.max()))
+    place = enough[rng.integers(len(enough))]
+    return tuple((int(starts[i]), int(starts[i]) + s) for starts, i, s in zip(axes, place, size))
