@@ -16,7 +16,7 @@ def arguments() -> argparse.ArgumentParser:
     add_configurations(result)
     add_workers(result)
     add_storage(result)
-    result.set_defaults(part=0, total_parts=1)
+    result.set_defaults(part=0, total_parts=1, explain=False)
     return result
 
 

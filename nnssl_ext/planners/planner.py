@@ -16,11 +16,18 @@ from nnssl_ext.core.paths import preprocessed_folder
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
 from nnssl_ext.core.registry import find_class
 from nnssl_ext.planners import primus, resenc
+from nnssl_ext.preprocessing.crop import is_ct
 
 ANISOTROPY = 3.0  # an axis counts as coarse when its spacing is over three times that of the others (nnU-Net)
 LOWRES_COVERAGE = 0.25  # 3d_lowres is planned when the patch covers less of the median case
 CPU_MEMORY_GB = 4.0
 Vector = tuple[float, ...]
+_WHY_SPACING = {
+    "3d_fullres": "the median of the cases",
+    "3d_lowres": "coarse enough for a patch to see a quarter of the median case",
+    "onemmiso": "1 mm along all axes",
+    "median": "the median of the cases, as it is",
+}
 
 
 class Planner:
@@ -55,6 +62,8 @@ class Planner:
         normalization = {modality: self.normalization(modality) for modality in sorted(self.fingerprint["intensities"])}
         for modality, scheme in normalization.items():
             self.decisions.append(f"normalisation of {modality}: {_describe(scheme)}")
+        if len(normalization) > 1:
+            self.decisions.append(f"normalisation: the collection mixes {', '.join(normalization)}; every image is normalised by its own modality's rule")
         median = np.median(self.spacings, axis=0)
         configurations = {"3d_fullres": self._configuration("3d_fullres", tuple(self.target_spacing()), plans_name, normalization)}
         lowres = self._lowres_spacing(configurations["3d_fullres"])
@@ -78,9 +87,9 @@ class Planner:
         """CT: clip to the foreground's percentiles, global z-score; "noNorm": none; everything else: z-score in the body."""
         if modality.lower() == "nonorm":
             return Normalization("none")
-        if not modality.upper().startswith("CT"):
-            return Normalization("zscore")
         found = self.fingerprint["intensities"][modality]
+        if not is_ct(modality) or not found["percentile_00_5"] < found["percentile_99_5"]:  # a CT of one value: nothing to clip to
+            return Normalization("zscore")
         return Normalization("ct", found["mean"], max(found["std"], 1e-8), found["percentile_00_5"], found["percentile_99_5"])
 
     def target_spacing(self) -> np.ndarray:
@@ -134,10 +143,25 @@ class Planner:
         patch = self.patch_size(mm, median_shape)
         batch_limit = max(2, min(self._limit(2), len(self.cases)))
         networks = {family: self._network(family, mm, patch, batch_limit) for family in self.families}
-        text = "each case's own spacing" if spacing is None else f"spacing {_by(np.round(mm, 3))} mm"
-        self.decisions.append(f"{name}: {text}, median case {_by(median_shape)} voxels, patch {_by(patch)}")
+        size = f"median case {_by(median_shape)} voxels, patch {_by(patch)}"
+        text = "each case's own spacing" if spacing is None else f"spacing {_by(np.round(mm, 3))} mm ({_WHY_SPACING[name]})"
+        self.decisions.append(f"{name}: {text}, {size}")
+        self.decisions.append(f"{name}: patch {_by(np.round(np.multiply(patch, mm)))} mm, {self._why_patch(patch, mm, median_shape)}")
+        local = primus.local_crop(patch, primus.token_size(mm))
+        self.decisions.append(
+            f"{name}: multi-crop methods see global crops of {_by(patch)} and local ones of {_by(local)} voxels, tokens of {_by(primus.token_size(mm))}"
+        )
         for family, network in networks.items():
-            self.decisions.append(f"{name}: {family} {network.size}, batch {network.batch_size}, about {network.memory_gb:.2f} of {self.memory_gb:g} GB")
+            memory = f"about {network.memory_gb:.2f} of {self.memory_gb:g} GB{self._why_batch(network, batch_limit)}"
+            self.decisions.append(f"{name}: {family} {network.size}, batch {network.batch_size}, {memory}")
+        strides = networks["resenc"].kwargs["strides"] if "resenc" in networks else []
+        if strides:
+            total = np.prod(strides, axis=0)
+            self.decisions.append(
+                f"{name}: resenc has {len(strides)} stages and halves down to maps of {_by(np.asarray(patch) // total)}; coarse axes are halved later"
+            )
+        stored = float(shapes.prod(1).sum()) * int(self.fingerprint["channels"])
+        self.decisions.append(f"{name}: {stored:.3g} voxels to store, {4 * stored / 1e9:.2g} GB before compression")
         return ConfigPlan(
             data_identifier=f"{plans_name}_{name}",
             spacing=None if spacing is None else (mm[0], mm[1], mm[2]),
@@ -147,6 +171,22 @@ class Planner:
             resampling={"order": 3, "order_z": 0, "force_separate_z": None},
             networks=networks,
         )
+
+    def _why_patch(self, patch: Sequence[int], spacing: Sequence[float], median_shape: Sequence[int]) -> str:
+        """What kept the patch from being larger."""
+        if all(p >= n for p, n in zip(patch, median_shape)):
+            return "it holds the whole median case (smaller cases are padded)"
+        token = np.array(primus.token_size(spacing))
+        larger = np.array(patch)
+        larger[int((larger / np.asarray(median_shape)).argmin())] += self._divisor(larger, spacing, token).max()
+        if np.prod(larger) > self._limit(1):
+            return f"limited to {self._limit(1):,} voxels, which train at a good pace with {self.memory_gb:g} GB"
+        return f"limited by memory: {self.memory_gb:g} GB must hold two samples of the ResEnc U-Net"
+
+    def _why_batch(self, network: NetworkPlan, batch_limit: int) -> str:
+        if network.batch_size == batch_limit:
+            return " (no larger batch: as many as there are cases, or as train at a good pace)"
+        return " (as many samples as fit)" if network.memory_gb <= self.memory_gb else " (more than the target: no smaller network is known)"
 
     def _network(self, family: str, spacing: Sequence[float], patch: Sequence[int], batch_limit: int) -> NetworkPlan:
         """The family's largest size that trains two samples within the memory target; the smallest when none does."""
@@ -242,5 +282,10 @@ def _by(values: Sequence[Any] | np.ndarray) -> str:
 
 def _describe(scheme: Normalization) -> str:
     if scheme.scheme == "ct":
-        return f"clip to [{scheme.low:g}, {scheme.high:g}], subtract {scheme.mean:.4g}, divide by {scheme.std:.4g}"
-    return {"zscore": "z-score in each case's body", "percentile": "0.5-99.5 % of the body to [0, 1]", "none": "none"}.get(scheme.scheme, scheme.scheme)
+        clip = f"clip to [{scheme.low:g}, {scheme.high:g}] (0.5-99.5 % of all bodies)"
+        return f"Hounsfield units are comparable: {clip}, subtract {scheme.mean:.4g}, divide by {scheme.std:.4g}"
+    return {
+        "zscore": "z-score in each case's body, since its intensities have no common scale",
+        "percentile": "0.5-99.5 % of the body to [0, 1]",
+        "none": "none",
+    }.get(scheme.scheme, scheme.scheme)

@@ -28,6 +28,11 @@ def token_size(spacing: Sequence[float]) -> tuple[int, ...]:
     return tuple(int(TOKEN >> h) for h in halvings)
 
 
+def local_crop(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
+    """Edges of a multi-crop method's local crops in voxels: half of the patch, in whole tokens, at least two where the patch has them."""
+    return tuple(int(max(min(2, p // t), p // t // 2) * t) for p, t in zip(patch_size, token))
+
+
 def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan:
     """The Primus for a patch, with the batch size that fits `target_gb` (at least 1) when all tokens are encoded."""
     preset = SIZES[size]

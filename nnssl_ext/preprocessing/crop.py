@@ -12,6 +12,11 @@ MARGIN = 2  # voxels kept around the body
 _COARSE = 2_000_000  # voxels above which a subsampled grid is searched
 
 
+def is_ct(modality: str) -> bool:
+    """Whether a modality's name says computed tomography ("CT", "ct", "CT_contrast", "CTA", "computed tomography")."""
+    return modality.upper().startswith(("CT", "COMPUTED TOMOGRAPHY"))
+
+
 def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
     """Voxels of the body: the largest component above a threshold, holes filled slice by slice along each axis.
 
@@ -25,7 +30,7 @@ def body_mask(volume: np.ndarray, modality: str) -> np.ndarray:
         bool (z, y, x).
     """
     step = max(1, int(np.ceil((volume.size / _COARSE) ** (1 / 3))))
-    threshold = AIR_HU if modality.upper().startswith("CT") else otsu(volume[::step, ::step, ::step])
+    threshold = AIR_HU if is_ct(modality) else otsu(volume[::step, ::step, ::step])
     mask = volume > threshold
     coarse = mask[::step, ::step, ::step]
     labels, count = ndimage.label(coarse)
