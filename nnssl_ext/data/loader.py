@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_ext.core.rng import sample_rng
+from nnssl_ext.data.augment import Step, apply
 from nnssl_ext.data.views import View, ViewSpec
 from nnssl_ext.preprocessing.store import CaseStore
 
@@ -25,16 +26,21 @@ class ViewBatch:
         mask: (B, d, h, w) bool, True = hidden; None when nothing is hidden.
         cases: index of each sample's case in the store.
         affine: (B, 3, 4) float64 on the CPU, from voxels of the view to voxels of the case.
+        intensity: augmentation of each sample that the loader left to the device.
     """
 
     image: Tensor
     mask: Tensor | None
     cases: tuple[int, ...]
     affine: Tensor
+    intensity: tuple[tuple[Step, ...], ...] = ()
 
     def to(self, device: torch.device) -> ViewBatch:
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return replace(self, image=self.image.to(device, non_blocking=True), mask=mask)
+        """On the device, augmented there as far as the loader hasn't done it."""
+        image, mask = self.image.to(device, non_blocking=True), None if self.mask is None else self.mask.to(device, non_blocking=True)
+        if self.intensity:
+            image = torch.stack([apply(sample, steps) for sample, steps in zip(image, self.intensity)])
+        return replace(self, image=image, mask=mask, intensity=())
 
     def pin_memory(self) -> ViewBatch:
         return replace(self, image=self.image.pin_memory(), mask=None if self.mask is None else self.mask.pin_memory())
@@ -53,11 +59,23 @@ class StepDataset(Dataset[Batch]):
     Args:
         cases: indices into the store that may be drawn.
         stream: name of the random stream; "train" or "val".
+        on_device: leave the intensity augmentation to `ViewBatch.to`.
     """
 
     def __init__(
-        self, store: CaseStore, spec: ViewSpec, cases: Sequence[int], seed: int, batch_size: int, *, rank: int = 0, ranks: int = 1, stream: str = "train"
+        self,
+        store: CaseStore,
+        spec: ViewSpec,
+        cases: Sequence[int],
+        seed: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        stream: str = "train",
+        on_device: bool = False,
     ) -> None:
+        self.on_device = on_device
         self.store, self.spec, self.cases = store, spec, tuple(cases)
         self.seed, self.batch_size, self.rank, self.ranks, self.stream = seed, batch_size, rank, ranks, stream
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -82,15 +100,16 @@ class StepDataset(Dataset[Batch]):
         numbers = range(first, first + self.batch_size)
         cases = tuple(self.case(n) for n in numbers)
         samples = [self.spec.sample(self.store, case, sample_rng(self.seed, n, self.stream)) for case, n in zip(cases, numbers)]
-        return {name: _collate([sample[name] for sample in samples], cases) for name in samples[0]}
+        return {name: _collate([sample[name] for sample in samples], cases, self.on_device) for name in samples[0]}
 
 
-def _collate(views: Sequence[View], cases: tuple[int, ...]) -> ViewBatch:
-    def stack(arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    masks = [view.mask for view in views if view.mask is not None]
-    return ViewBatch(stack([view.image for view in views]), stack(masks) if masks else None, cases, stack([view.affine for view in views]))
+def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> ViewBatch:
+    images, steps = [torch.from_numpy(view.image) for view in views], tuple(view.intensity for view in views)
+    if not on_device:
+        images = [apply(image, drawn) for image, drawn in zip(images, steps)]
+    masks = [torch.from_numpy(view.mask) for view in views if view.mask is not None]
+    affine = torch.from_numpy(np.stack([view.affine for view in views]))
+    return ViewBatch(torch.stack(images), torch.stack(masks) if masks else None, cases, affine, steps if on_device and any(steps) else ())
 
 
 def batches(dataset: StepDataset, start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:

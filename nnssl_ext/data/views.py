@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from nnssl_ext.core.geometry import Box, box_slices
+from nnssl_ext.data.augment import Intensity, Step
 from nnssl_ext.data.interpolate import interpolate
 from nnssl_ext.data.sampling import random_box, whole
 from nnssl_ext.data.spatial import MILD, MIRROR, Spatial, bounds, is_slicing, make_affine
@@ -23,11 +24,13 @@ class View:
         image: (C, z, y, x) float32.
         affine: (3, 4) float64; voxel of the stored case = affine @ (z, y, x, 1) of the view, see `spatial`.
         mask: bool grid (d, h, w), True = hidden; None when nothing is hidden.
+        intensity: augmentation that is drawn but not yet applied, see `augment`.
     """
 
     image: np.ndarray
     affine: np.ndarray
     mask: np.ndarray | None = None
+    intensity: tuple[Step, ...] = ()
 
 
 class ViewSpec(Protocol):
@@ -92,11 +95,13 @@ class Crop:
     Args:
         patch_size: voxels, (z, y, x).
         spatial: how it is turned, zoomed and mirrored.
+        intensity: augmentation of its values.
         body: smallest share of the crop (before it is turned) that is body, where the case has such a place; [0, 1].
     """
 
     patch_size: tuple[int, ...]
     spatial: Spatial = MIRROR
+    intensity: Intensity = Intensity()
     body: float = 0.25
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
@@ -104,7 +109,8 @@ class Crop:
         body = store.body(case) if self.body else None
         box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
         affine = _place(box, self.patch_size, zoom, _spacing(store, case, self.spatial), self.spatial, rng)
-        return {"image": View(read_crops(store, case, [affine], [self.patch_size])[0], affine)}
+        image = read_crops(store, case, [affine], [self.patch_size])[0]
+        return {"image": View(image, affine, intensity=self.intensity.draw(len(image), rng))}
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class MultiCrop:
         global_share, local_share: range of a crop's share of the sampling box, by volume; uniform.
         box: edge of the sampling box over that of a global crop; clipped to the case.
         spatial: how each crop is turned and mirrored (its zoom is not used).
+        intensity: augmentation of each crop's values.
         body: smallest share of body in the sampling box and in each crop, where there is such a place; [0, 1].
 
     Source: Caron et al. 2020, arXiv:2006.09882 (multi-crop).
@@ -133,6 +140,7 @@ class MultiCrop:
     local_share: tuple[float, float] = (0.03, 0.25)
     box: float = 1.5
     spatial: Spatial = MILD
+    intensity: Intensity = Intensity()
     body: float = 0.25
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
@@ -148,7 +156,7 @@ class MultiCrop:
             box = random_box(around, _extent(size, zoom), rng, body, self.body)
             affines.append(_place(box, size, zoom, spacing, self.spatial, rng))
         images = read_crops(store, case, affines, [size for size, _ in plan.values()])
-        return {name: View(image, affine) for name, image, affine in zip(plan, images, affines)}
+        return {name: View(image, affine, intensity=self.intensity.draw(len(image), rng)) for name, image, affine in zip(plan, images, affines)}
 
     def _zoom(self, size: Sequence[int], share: tuple[float, float], edges: Sequence[int], rng: np.random.Generator) -> float:
         """One factor for all axes; as large as fits into the clipped box at most, but never below that of the smallest share."""

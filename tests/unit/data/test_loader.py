@@ -1,41 +1,47 @@
 """Step-indexed batches."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from nnssl_ext.data import augment
 from nnssl_ext.data.loader import StepDataset, batches, split_subjects
 from nnssl_ext.data.masking import MaskedCrop
+from nnssl_ext.data.spatial import NNUNET
 from nnssl_ext.data.views import Crop
 from tests.make_data import ArrayStore
 
 SPEC = MaskedCrop(Crop((16, 16, 16)), (8, 8, 8), 0.75)
+AUGMENTED = MaskedCrop(Crop((16, 16, 16), replace(NNUNET, p_rotation=0.6, p_zoom=0.6), augment.NNUNET), (8, 8, 8), 0.75)
 
 
 def digest(batch) -> str:
     view = batch["image"]
-    return hashlib.sha256(view.image.numpy().tobytes() + view.mask.numpy().tobytes() + repr(view.cases).encode()).hexdigest()
+    return hashlib.sha256(view.image.numpy().tobytes() + view.mask.numpy().tobytes() + view.affine.numpy().tobytes() + repr(view.cases).encode()).hexdigest()
 
 
-def dataset(batch_size=4, rank=0, ranks=1, cases=range(8)) -> StepDataset:
-    return StepDataset(ArrayStore(), SPEC, list(cases), 3, batch_size, rank=rank, ranks=ranks)
+def dataset(batch_size=4, rank=0, ranks=1, cases=range(8), spec=SPEC) -> StepDataset:
+    return StepDataset(ArrayStore(), spec, list(cases), 3, batch_size, rank=rank, ranks=ranks)
 
 
+@pytest.mark.parametrize("spec", [SPEC, AUGMENTED])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_batches_are_identical_with_any_number_of_workers(workers):
-    assert [digest(b) for b in batches(dataset(), 0, 9, workers)] == [digest(b) for b in batches(dataset(), 0, 9, 0)]
+def test_batches_are_identical_with_any_number_of_workers(workers, spec):
+    assert [digest(b) for b in batches(dataset(spec=spec), 0, 9, workers)] == [digest(b) for b in batches(dataset(spec=spec), 0, 9, 0)]
 
 
 def test_starting_at_a_step_gives_the_batches_of_an_uninterrupted_run():
     assert [digest(b) for b in batches(dataset(), 5, 9)] == [digest(b) for b in batches(dataset(), 0, 9)][5:]
 
 
-def test_one_rank_and_two_ranks_see_the_same_samples():
+@pytest.mark.parametrize("spec", [SPEC, AUGMENTED])
+def test_one_rank_and_two_ranks_see_the_same_samples(spec):
     def samples(parts):
         return sorted(hashlib.sha256(image.numpy().tobytes()).hexdigest() for part in parts for k in range(6) for image in part[k]["image"].image)
 
-    assert samples([dataset(4)]) == samples([dataset(2, rank, 2) for rank in range(2)])
+    assert samples([dataset(4, spec=spec)]) == samples([dataset(2, rank, 2, spec=spec) for rank in range(2)])
 
 
 def test_every_case_is_drawn_once_per_pass():
