@@ -21,7 +21,7 @@ from nnssl_ext.trainers.base import SSLTrainer
 
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python -m documentation.generate`; change the code instead -->"
-COMMON = ("help", "version", "verbose")  # options of every command
+COMMON = ("help", "version", "verbose", "print_completion")  # options of every command
 CORES = "the number of cores, at most 8"  # the default of add_processes differs between machines
 
 

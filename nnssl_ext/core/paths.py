@@ -75,3 +75,8 @@ def preprocessed_folder(name: str) -> Path:
 
 def results_folder(name: str) -> Path:
     return root(RESULTS) / name
+
+
+def index_cache(name: str) -> Path:
+    """The file that remembers what the folders of a DICOM or HDF5 tree hold."""
+    return preprocessed_folder(name) / "index_cache.json"

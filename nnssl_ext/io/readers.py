@@ -5,7 +5,7 @@ Arrays are float32 in axis order (z, y, x); geometry is kept as `Geometry`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,12 @@ def files_of(path: Path) -> list[Path]:
         return found
     except (ImageError, OSError):
         return [split_selector(path)[0]]
+
+
+def stamps(paths: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of change (ns) of every file that image paths stand for; zeros for a missing one."""
+    found = [(file, file.stat() if file.is_file() else None) for path in paths for file in files_of(path)]
+    return [[str(file), stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
 
 
 def warnings_of(path: Path) -> list[tuple[str, str]]:

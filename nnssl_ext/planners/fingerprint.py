@@ -16,13 +16,13 @@ from nnssl_ext import __version__
 from nnssl_ext.core.errors import ImageError, UserError
 from nnssl_ext.core.files import FolderLock, sha256_json, write_json, write_text
 from nnssl_ext.core.geometry import Geometry
-from nnssl_ext.core.paths import preprocessed_folder, raw_folder
+from nnssl_ext.core.paths import index_cache, preprocessed_folder, raw_folder
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.io import journal
 from nnssl_ext.io.case import split_selector
 from nnssl_ext.io.index import MASKS, Case, read_index
 from nnssl_ext.io.integrity import QUARANTINED, Finding, Look, collection_findings, content_hash, geometry_findings, verdict_of, volume_findings
-from nnssl_ext.io.readers import files_of, read_case, read_header, warnings_of
+from nnssl_ext.io.readers import files_of, read_case, read_header, stamps, warnings_of
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
 from nnssl_ext.preprocessing.parallel import Workers, run_all
 
@@ -99,7 +99,7 @@ def examine(dataset_name: str, workers: Workers) -> Examination:
     """
     folder = preprocessed_folder(dataset_name)
     with FolderLock(folder):
-        cases = read_index(raw_folder(dataset_name), folder / CACHE / "index.json", workers.processes)
+        cases = read_index(raw_folder(dataset_name), index_cache(dataset_name), workers.processes)
         found = _pass(dataset_name, cases, folder / CACHE, workers)
         _write_by_line(folder / "integrity.json", _integrity(found))
         if found.described:
@@ -134,17 +134,17 @@ def _pass(dataset_name: str, cases: Sequence[Case], cache: Path, workers: Worker
     wanted = sample_count(len(cases) * len(cases[0].images))
     usable = {(record["name"], record["stamp"]) for record in journal.records(cache) if "error" not in record and _suffices(record, wanted)}
     known = {name for name, _ in usable}
-    stamps = {case.identifier: _stamp(case) for case in cases if case.identifier in known}
-    stamps = {name: stamp for name, stamp in stamps.items() if (name, stamp) in usable}
-    waiting = [case for case in cases if case.identifier not in stamps]
-    if stamps:
-        print(f"fingerprint of {dataset_name}: {len(stamps)} of {len(cases)} cases are known already, their files are unchanged")
+    states = {case.identifier: _stamp(case) for case in cases if case.identifier in known}
+    states = {name: stamp for name, stamp in states.items() if (name, stamp) in usable}
+    waiting = [case for case in cases if case.identifier not in states]
+    if states:
+        print(f"fingerprint of {dataset_name}: {len(states)} of {len(cases)} cases are known already, their files are unchanged")
     done: dict[str, str] = {}
     failed: dict[str, str] = {}
     if waiting:
         work = partial(_record, cache=cache, samples=wanted)
         done, failed = run_all(work, waiting, [case.identifier for case in waiting], workers, f"fingerprint of {dataset_name}", _memory)
-    stamps |= done
+    states |= done
     read: dict[str, dict[str, Any]] = {}
     errors: dict[str, Finding] = {}
     for record in journal.records(cache):
@@ -153,7 +153,7 @@ def _pass(dataset_name: str, cases: Sequence[Case], cache: Path, workers: Worker
             finding, message = _refused(record["error"])
             if failed.get(name) == message:
                 errors[name] = finding
-        elif stamps.get(name) == record["stamp"] and _suffices(record, wanted):
+        elif states.get(name) == record["stamp"] and _suffices(record, wanted):
             read[name] = record
     for name in done.keys() - read.keys():
         failed[name] = str(UserError("what was found of the case did not arrive", cache, "make sure that all workers see the same nnssl_preprocessed"))
@@ -240,10 +240,7 @@ def _refused(error: Sequence[str]) -> tuple[Finding, str]:
 
 def _stamp(case: Case) -> str:
     """Changes with every file of a case (name, size, time of change) and with what the index says of it."""
-    files = [file for path in case.images for file in files_of(path)]
-    found = [(file, file.stat() if file.is_file() else None) for file in files]
-    states = [[str(file), stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
-    return sha256_json([PASS_VERSION, case.subject, case.modalities, [str(path) for path in case.images], states])
+    return sha256_json([PASS_VERSION, case.subject, case.modalities, [str(path) for path in case.images], stamps(case.images)])
 
 
 def _memory(case: Case) -> int:

@@ -24,7 +24,7 @@ from nnssl_ext.core.paths import raw_folder
 from nnssl_ext.io.case import ENDINGS, MASKS, Case
 from nnssl_ext.io.layouts import Entry, Source
 from nnssl_ext.io.raw_dataset import TEST, TRAINING, UNLABELLED, Record, claim, indexes, load, load_all, remove, save, write_image, write_indexes, write_nifti
-from nnssl_ext.io.readers import files_of, read_case, read_header, read_volume
+from nnssl_ext.io.readers import files_of, read_case, read_header, read_volume, stamps
 from nnssl_ext.preprocessing.parallel import Workers, run_all
 from nnssl_ext.preprocessing.preprocessor import same_grid
 
@@ -107,7 +107,7 @@ def _record(entry: Entry, ending: str, labelled: bool) -> Record:
         session=case.session,
         modalities=list(case.modalities),
         images=[f"{subfolder}/{name}_{channel:04d}{ending}" for channel in range(len(case.modalities))],
-        source=_stamps(entry),
+        source=stamps((*entry.case.images, *_beside(entry))),
         label=f"labels{subfolder.removeprefix('images')}/{name}{ending}" if entry.label else "",
         masks={key: f"masks/{name}_{key}{ending}" for key in MASKS if getattr(case, key) is not None},
         category=entry.category,
@@ -118,13 +118,6 @@ def _record(entry: Entry, ending: str, labelled: bool) -> Record:
 def _is_current(folder: Path, record: Record) -> bool:
     known = load(folder, record.identifier)
     return known is not None and dataclasses.replace(known, label_values=[]) == record
-
-
-def _stamps(entry: Entry) -> list[list[Any]]:
-    """Name, size and time of change of every file of an entry."""
-    paths = (*entry.case.images, *_beside(entry))
-    found = [(file, file.stat() if file.is_file() else None) for path in paths for file in files_of(path)]
-    return [[file.name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for file, stat in found]
 
 
 def _memory(item: tuple[Entry, Record]) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 from nnssl_ext.core.errors import DiskError, UserError
 from nnssl_ext.core.files import FolderLock, read_json, sha256_json
 from nnssl_ext.core.geometry import Box, Geometry, box_slices, resampled_shape
-from nnssl_ext.core.paths import preprocessed_folder, raw_folder
+from nnssl_ext.core.paths import index_cache, preprocessed_folder, raw_folder
 from nnssl_ext.core.plan import ConfigPlan, Normalization, Plan
-from nnssl_ext.io.index import MASKS, Case, read_index
-from nnssl_ext.io.readers import TOLERANCE_MM, files_of, read_case, read_header, read_volume
+from nnssl_ext.io.index import MASKS, Case, read_index, sessions
+from nnssl_ext.io.readers import TOLERANCE_MM, read_case, read_header, read_volume, stamps
 from nnssl_ext.preprocessing.crop import body_mask, bounding_box
 from nnssl_ext.preprocessing.normalize import find_normalizer, percentiles
 from nnssl_ext.preprocessing.parallel import SomeFailed, Workers, run_all
@@ -75,7 +75,7 @@ def load(case: Case) -> Loaded:
     """
     array, geometry = read_case(case)
     masks = {name: _read_mask(getattr(case, name), geometry) for name in MASKS if getattr(case, name) is not None}
-    body = masks["anatomy_mask"] if "anatomy_mask" in masks else np.any([body_mask(*pair) for pair in zip(array, case.modalities)], axis=0)
+    body = masks["anatomy_mask"] if "anatomy_mask" in masks else reduce(np.logical_or, [body_mask(*pair) for pair in zip(array, case.modalities)])
     body = body & ~masks["anonymization_mask"] if "anonymization_mask" in masks else body
     return Loaded(case, array, geometry, body if body.any() else np.ones_like(body), bounding_box(body), masks)
 
@@ -214,8 +214,8 @@ def preprocess(
     folder = preprocessed_folder(dataset_name) / config.data_identifier
     relevant = {key: value for key, value in dataclasses.asdict(config).items() if key in ("spacing", "patch_size", "normalization", "resampling")}
     settings = sha256_json({"version": VERSION, "storage": storage, **relevant})
-    cases = read_index(raw_folder(dataset_name))
-    units = _sessions(cases)[slice(None) if part is None else slice(part[0], None, part[1])]
+    cases = read_index(raw_folder(dataset_name), index_cache(dataset_name), workers.processes)
+    units = sessions(cases)[slice(None) if part is None else slice(part[0], None, part[1])]
     title = f"{dataset_name} {configuration}" + (f" part {part[0]} of {part[1]}" if part else "")
     with FolderLock(folder, part):
         waiting = [unit for unit in units if not all(is_current(folder, case.identifier, settings, _source(case)) for case in unit)]
@@ -274,16 +274,6 @@ def _memory(cases: Sequence[Case], config: ConfigPlan, known: dict[str, Any]) ->
     return held + working
 
 
-def _sessions(cases: Sequence[Case]) -> list[list[Case]]:
-    found: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        found.setdefault((case.subject, case.session), []).append(case)
-    return [found[key] for key in sorted(found)]
-
-
 def _source(case: Case) -> list[list[Any]]:
-    """Name, size and time of change of every file of a case."""
-    paths = [*case.images, *(mask for mask in (case.anatomy_mask, case.anonymization_mask) if mask is not None)]
-    files = [(path.name, file) for path in paths for file in files_of(path)]
-    found = [(name, file.stat() if file.is_file() else None) for name, file in files]
-    return [[name, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0] for name, stat in found]
+    """State of every file of a case."""
+    return stamps([*case.images, *(mask for mask in (case.anatomy_mask, case.anonymization_mask) if mask is not None)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import time
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.core.files import FolderLock, write_json
+from nnssl_ext.core.files import FolderLock
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.data.loader import Batch, StepDataset, batches, split_subjects
@@ -27,17 +26,17 @@ from nnssl_ext.nn import distributed
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
-from nnssl_ext.trainers.config import SPEED_ONLY, as_plain
+from nnssl_ext.trainers.config import SPEED_ONLY
+from nnssl_ext.trainers.description import describe
 from nnssl_ext.trainers.guards import NonFiniteGuard
-from nnssl_ext.trainers.logging import Bar, RunLog
 from nnssl_ext.trainers.optim import choose_recipe, learning_rate, make_optimizer, parameter_groups
-from nnssl_ext.trainers.pictures import draw_volumes
+from nnssl_ext.trainers.pictures import draw_run
 from nnssl_ext.trainers.resumption import content_of, restore
+from nnssl_ext.trainers.run_log import RunLog
 from nnssl_ext.trainers.signals import Stopped, StopSignals
 from nnssl_ext.trainers.update import Outcome, Updater
 
 Losses = dict[str, Tensor]
-PICTURES = 20  # pictures of views and predictions over a whole run
 
 
 class SSLTrainer:
@@ -179,25 +178,22 @@ class SSLTrainer:
 
     def _loop(self, stack: ExitStack, stop: int) -> None:
         start, iterations, accumulate = self.next_step, self.config.iterations, self.config.accumulate
-        if self.rank == 0:
-            self._describe()
-        log = RunLog(self.folder, start // iterations, quiet=self.rank > 0)
-        bar = stack.enter_context(Bar(self.total_steps, start, quiet=self.rank > 0))
+        log = stack.enter_context(RunLog(self.folder, describe(self), start, quiet=self.rank > 0))
         stack.enter_context(self.signals)
         loader = batches(self._dataset(self.train_cases, "train"), start * accumulate, stop * accumulate, self.workers, pin=self.device.type == "cuda")
         began, self.waited = time.monotonic(), 0.0
         for step in range(start, stop):
             outcome = self._update(step, loader)
-            self.guard.seen(step, outcome, self.state, bar.say)
+            self.guard.seen(step, outcome, self.state, log.say)
             self.next_step = step + 1
             if outcome.applied:
                 for name, value in {**outcome.values, "steps": 1.0}.items():
                     self.sums[name] = self.sums.get(name, 0.0) + value
-                bar.advance(step + 1, self.sums["total"] / self.sums["steps"])
+                log.advance(step + 1, self.sums["total"] / self.sums["steps"])
             if self.next_step % iterations == 0:
                 seconds = time.monotonic() - began
                 speed = (step + 1 - max(start, step + 1 - iterations)) * self.batch_size * accumulate * self.ranks / seconds
-                self._end_epoch(log, bar, {"seconds": seconds, "samples_per_second": speed, "data_wait_share": self.waited / seconds})
+                self._end_epoch(log, {"seconds": seconds, "samples_per_second": speed, "data_wait_share": self.waited / seconds})
                 began, self.waited = time.monotonic(), 0.0
             if outcome.signal:
                 self.save("latest")
@@ -224,21 +220,15 @@ class SSLTrainer:
         self.waited += time.monotonic() - before
         return self.batch
 
-    def _end_epoch(self, log: RunLog, bar: Bar, timing: dict[str, float]) -> None:
+    def _end_epoch(self, log: RunLog, timing: dict[str, float]) -> None:
         epoch = self.next_step // self.config.iterations - 1
         steps = self.sums.pop("steps", 0.0)
         train = {name: distributed.mean(total / steps, self.device) for name, total in self.sums.items()} or {"total": math.nan}
         val, self.sums = self.validate(), {}
         record: dict[str, Any] = {"epoch": epoch, "step": self.next_step, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"{side}/{name}": value for side, losses in (("train", train), ("val", val)) for name, value in losses.items()}
-        log.add(record | {name: round(value, 4) for name, value in timing.items()})
-        bar.line(
-            f"epoch {epoch + 1}/{self.config.epochs}  train {train['total']:.4f}  val {val.get('total', math.nan):.4f}  "
-            f"{timing['samples_per_second']:.1f} samples/s  data wait {timing['data_wait_share']:.0%}",
-            self.next_step,
-        )
-        if self.rank == 0 and (epoch % max(1, self.config.epochs // PICTURES) == 0 or epoch + 1 == self.config.epochs):
-            self._draw(epoch)
+        log.epoch(record | {name: round(value, 4) for name, value in timing.items()})
+        log.draw(epoch, lambda path: draw_run(self, self.batch, path))
         score = val.get("total", train["total"])
         if score < self.best:
             self.best = score
@@ -282,16 +272,3 @@ class SSLTrainer:
 
     def _dataset(self, cases: list[int], stream: str) -> StepDataset:
         return StepDataset(self.store, self.views(), cases, self.config.seed, self.batch_size, rank=self.rank, ranks=self.ranks, stream=stream)
-
-    @torch.no_grad()
-    def _draw(self, epoch: int) -> None:
-        self.model.eval()
-        if rows := self.picture(self.batch):
-            draw_volumes(rows, self.folder / "pictures" / f"epoch_{epoch + 1:04d}.png", f"{type(self).__name__}, epoch {epoch + 1}")
-
-    def _describe(self) -> None:
-        names = {"trainer": type(self).__name__, "family": self.family, "configuration": self.configuration, "dataset": self.plan.dataset_name}
-        names |= {"plans": self.plan.plans_name, "data_hash": self.store.data_hash(), "fingerprint_sha256": self.plan.fingerprint_sha256}
-        cases = {"train": len(self.train_cases), "validation": len(self.val_cases)}
-        settings = {"config": as_plain(self.config), "recipe": dataclasses.asdict(self.recipe), "batch_size": self.batch_size, "processes": self.ranks}
-        write_json(self.folder / "run.json", names | settings | {"cases": cases})
