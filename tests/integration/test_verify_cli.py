@@ -137,6 +137,16 @@ def test_only_new_changed_and_quarantined_files_are_read_again(folders, monkeypa
     assert written(folder) == grown
 
 
+def test_a_file_of_the_same_size_that_was_written_again_is_read_again(folders, monkeypatch):
+    raw = nnunet_dataset(folders["nnssl_raw"], cases=2)
+    verify.main(["-d", "801", "-np", "1"])
+    file = raw / "imagesTr" / "case1_0000.nii.gz"
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 1_000_000))
+    names = count_reads(monkeypatch)
+    verify.main(["-d", "801", "-np", "1"])
+    assert names == ["case1"]
+
+
 def test_a_changed_modality_is_judged_again(folders):
     raw = nnunet_dataset(folders["nnssl_raw"])
     verify.main(["-d", "801", "-np", "1"])
