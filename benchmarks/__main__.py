@@ -15,7 +15,17 @@ from benchmarks.common import THREADS
 from nnssl_ext import __version__
 from nnssl_ext.core.files import write_json
 
-NAMES = ("resample", "preprocess", "fingerprint", "growth", "mae_primus", "mae_resenc", "startup")  # one module each, with run(quick) -> Result
+NAMES = (
+    "resample",
+    "preprocess",
+    "fingerprint",
+    "growth",
+    "loader",
+    "loader_augmented",
+    "mae_primus",
+    "mae_resenc",
+    "startup",
+)  # one module each, with run(quick) -> Result
 RESULTS = Path(__file__).with_name("results.json")
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 Step = tuple[str, int, tuple[float, ...]]
 
@@ -114,16 +113,18 @@ def noise(x: Tensor, std: float, seed: int) -> Tensor:
 
 def blur(x: Tensor, *sigmas: float) -> Tensor:
     """Gaussian blur with a standard deviation (voxels) for each axis, cut at four of them, mirrored at the edges."""
-    for axis, sigma in enumerate(sigmas):
-        reach = min(math.ceil(4 * sigma), x.shape[axis] - 1)
-        weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(reach + 1)]
-        weights = [weight / (2 * sum(weights) - 1) for weight in weights]
-        wide = pad(x.movedim(axis, -1), (reach, reach), mode="reflect").movedim(-1, axis) if reach else x
-        size, total = x.shape[axis], weights[0] * x
-        for i in range(1, reach + 1):
-            total.add_(wide.narrow(axis, reach - i, size), alpha=weights[i]).add_(wide.narrow(axis, reach + i, size), alpha=weights[i])
-        x = total
-    return x
+    return _along_axes(x, [_blur_matrix(size, sigma) for size, sigma in zip(x.shape, sigmas)])
+
+
+def _blur_matrix(size: int, sigma: float) -> np.ndarray:
+    reach = min(math.ceil(4 * sigma), size - 1)
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    source = np.abs(np.arange(size)[:, None] + offsets)
+    source = np.where(source < size, source, 2 * (size - 1) - source)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size)[:, None], source), weights / weights.sum())
+    return matrix
 
 
 def brightness(x: Tensor, factor: float) -> Tensor:
@@ -140,15 +141,24 @@ def contrast(x: Tensor, factor: float) -> Tensor:
 
 def low_resolution(x: Tensor, share: float) -> Tensor:
     """Keep the nearest of `share` of the voxels along each axis and interpolate linearly between them."""
-    for axis, size in enumerate(x.shape):
-        kept = max(1, round(size * share))
-        place = ((torch.arange(size, dtype=torch.float64) + 0.5) * kept / size - 0.5).clamp(0, kept - 1)
-        first = place.floor().long()
-        nearest = ((torch.arange(kept, dtype=torch.float64) + 0.5) * size / kept).floor().long()
-        weight = (place - first).to(x.dtype).view([-1 if a == axis else 1 for a in range(3)])
-        left, right = nearest[first], nearest[(first + 1).clamp(max=kept - 1)]
-        x = x.index_select(axis, left.to(x.device)).lerp(x.index_select(axis, right.to(x.device)), weight.to(x.device))
-    return x
+    return _along_axes(x, [_low_resolution_matrix(size, max(1, round(size * share))) for size in x.shape])
+
+
+def _low_resolution_matrix(size: int, kept: int) -> np.ndarray:
+    nearest = ((np.arange(kept) + 0.5) * size / kept).astype(int)
+    place = ((np.arange(size) + 0.5) * kept / size - 0.5).clip(0, kept - 1)
+    first = place.astype(int)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size), nearest[first]), 1 - place + first)
+    np.add.at(matrix, (np.arange(size), nearest[np.minimum(first + 1, kept - 1)]), place - first)
+    return matrix
+
+
+def _along_axes(x: Tensor, matrices: Sequence[np.ndarray]) -> Tensor:
+    """A linear map of each axis, one after the other: the matrix product is the fastest way on a CPU and on a GPU."""
+    z, y, last = (torch.from_numpy(matrix.astype(np.float32)).to(x.device) for matrix in matrices)
+    x = (z @ x.reshape(len(x), -1)).view(x.shape)
+    return torch.matmul(torch.matmul(y, x), last.T)
 
 
 def gamma(x: Tensor, exponent: float, sign: float = 1.0) -> Tensor:
