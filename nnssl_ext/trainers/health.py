@@ -1,0 +1,278 @@
+"""Watches a training: figures of the features that the method computes anyway, and alarms in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.data.loader import Batch
+from nnssl_ext.nn import health
+from nnssl_ext.nn.backbones.base import Backbone
+
+STEPS = 128  # of an epoch are sampled
+VECTORS = 1024  # of a window, at most, and as many patch vectors
+FEWEST = 64  # vectors of a window
+IN_A_ROW = 3  # bad checks until the alarm
+MATRICES = 16  # weights whose update is measured
+
+COLLAPSE = "the features have collapsed: images can hardly be told apart any more"
+REMEDY = "lower the learning rate, lengthen the warm-up, and check what keeps the method from collapsing (predictor, centring, temperature, batch size)"
+
+
+class HealthMonitor:
+    """Collects features on sampled steps and judges them at the end of an epoch.
+
+    On a sampled step, and on no other, the backbone's `tokens` and `pyramid` are replaced by versions that also hand over a
+    few detached vectors of the step's first call: no extra forward, no double counting under activation checkpointing or
+    accumulation, nothing left on the backbone between steps, no wait for the GPU before the epoch ends. A method adds what
+    else it computes with `add` and `add_logits`. Vectors are collected until there are enough for a check, if need be over
+    several short epochs, and dropped after it.
+
+    Args:
+        backbone: the trained one (of a teacher and a student: the student's).
+        iterations: optimiser steps of an epoch.
+        armed: optimiser step from which checks count for an alarm: the end of the warm-up.
+        active: False on ranks other than 0: nothing is collected.
+    """
+
+    def __init__(self, backbone: Backbone, iterations: int, armed: int = 0, active: bool = True) -> None:
+        self.backbone, self.every, self.armed, self.active = backbone, max(1, iterations // STEPS), armed, active
+        self.per_step = -(-VECTORS // min(STEPS, iterations)) if iterations >= STEPS else VECTORS
+        self.sampling, self.tapped = False, False
+        self.vectors: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, Any] = {}
+        self.steps: dict[str, list[float]] = {"loss": [], "norm": [], "skipped": []}
+        self.history: dict[str, list[float]] = {"loss": [], "norm": []}
+        self.strikes: dict[str, int] = {}
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the last checks found the features collapsed: a checkpoint written now is not worth keeping as the best."""
+        return self.strikes.get("collapse", 0) >= IN_A_ROW
+
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Around optimiser step number `step` (counted from 0)."""
+        if not self.active or step % self.every:
+            yield
+            return
+        weights = [p for p in self.backbone.parameters() if p.requires_grad and p.ndim > 1]
+        weights = weights[:: -(-len(weights) // MATRICES)]
+        before = [weight.detach().clone() for weight in weights]
+        self.sampling, self.tapped, self.step = True, False, step
+        for name in ("tokens", "pyramid"):
+            setattr(self.backbone, name, self._tapping(name))
+        try:
+            yield
+        finally:
+            self.sampling = False
+            for name in ("tokens", "pyramid"):
+                delattr(self.backbone, name)
+        with torch.no_grad():
+            moved = [(a.detach() - b).float().norm() / b.float().norm().clamp_min(1e-12) for a, b in zip(weights, before)]
+            self._count("update_ratio", torch.stack(moved).mean())
+
+    def seen(self, step: int, loss: float, norm: float, applied: bool, batch: Batch) -> None:
+        """After every optimiser step.
+
+        Args:
+            loss, norm: total loss and gradient norm before clipping.
+            applied: False for a skipped step.
+            batch: its last batch.
+        """
+        if not self.active:
+            return
+        self.steps["skipped"].append(float(not applied))
+        if applied:
+            self.steps["loss"].append(loss)
+            self.steps["norm"].append(norm)
+        if step % self.every == 0:
+            with torch.no_grad():
+                for view in batch.values():
+                    self._count("background", health.background_share(view.image))
+                    if view.mask is not None:
+                        self._count("mask_ratio", view.mask.float().mean())
+
+    def add(self, name: str, vectors: Tensor) -> None:
+        """Vectors (n, D) that the method computes, such as a projection; does nothing except on sampled steps."""
+        if self.sampling:
+            self.vectors.setdefault(name, []).append(vectors.detach()[: self.per_step].float())
+
+    @torch.no_grad()
+    def add_logits(self, name: str, student: Tensor, teacher: Tensor | None = None) -> None:
+        """Logits over classes or prototypes; does nothing except on sampled steps.
+
+        Args:
+            student, teacher: (n, K), temperature and centre already applied. Entropies are the teacher's where there is one.
+        """
+        if not self.sampling:
+            return
+        logits = student.detach() if teacher is None else teacher.detach()
+        p = logits.float().softmax(1)
+        self._count(f"{name}/H_cond", health.conditional_entropy(logits))
+        if teacher is not None:
+            self._count(f"{name}/KL", health.divergence(teacher.detach(), student.detach()))
+        n, mean, used = self.sums.get(f"{name} classes", (0, 0.0, 0.0))
+        hits = torch.zeros_like(p[0]).index_add_(0, p.argmax(1), torch.ones_like(p[:, 0]))
+        self.sums[f"{name} classes"] = (n + len(p), mean + p.sum(0), used + hits)
+
+    def epoch(self, step: int, data_wait_share: float) -> tuple[dict[str, float], list[str]]:
+        """Figures of the epoch, named "health/...", and alarms that are due.
+
+        Args:
+            step: optimiser steps done.
+            data_wait_share: share of the epoch's time that was spent on waiting for data.
+        """
+        if not self.active:
+            return {}, []
+        figures = self._figures()
+        steps, self.steps = self.steps, {"loss": [], "norm": [], "skipped": []}
+        if steps["norm"]:
+            figures["gradient_norm"] = median(steps["norm"])
+        figures["skipped_steps"] = sum(steps["skipped"])
+        figures["data_wait_share"] = data_wait_share
+        bad = self._judge(figures, steps)
+        alarms = []
+        for name, text in bad.items():
+            self.strikes[name] = self.strikes.get(name, 0) + (text is not None) if step >= self.armed and text is not None else 0
+            if text is not None and self.strikes[name] == IN_A_ROW:
+                alarms.append(text)
+        return {f"health/{name}": float(value) for name, value in figures.items()}, alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continued run needs; tensors and plain types."""
+        return {name: getattr(self, name) for name in ("vectors", "sums", "steps", "history", "strikes")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next(self.backbone.parameters()).device
+        for name, value in state.items():
+            setattr(self, name, _copied(value, device))
+
+    def _tapping(self, name: str) -> Callable[..., Any]:
+        original = getattr(self.backbone, name)
+
+        def tapped(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            features = original(x, *arguments, **keywords)
+            self._tap(x, features, arguments[0] if arguments else keywords.get("keep"))
+            return features
+
+        return tapped
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _tap(self, x: Tensor, features: Any, keep: Tensor | None) -> None:
+        if self.tapped:
+            return
+        self.tapped = True
+        tokens = features[-1].flatten(2).mT if isinstance(features, list) else features  # (B, N, C)
+        tokens = tokens.detach()[: self.per_step]
+        count = tokens.shape[1]
+        chosen = (torch.arange(min(count, max(2, self.per_step // len(tokens))), device=x.device) * _stride(count) + self.step) % count
+        patches = tokens[:, chosen].float()
+        self.add("pooled", tokens.float().mean(1))
+        self.add("patches", patches.flatten(0, 1))
+        within, between = health.patch_variances(patches)
+        self._count("patch_variance_within", within)
+        if len(tokens) > 1:
+            self._count("patch_variance_between", between)
+        grid = [size // stride for size, stride in zip(x.shape[2:], self.backbone.strides[-1])]
+        if keep is not None or count == math.prod(grid):
+            index = keep[: len(tokens), chosen] if keep is not None else chosen.expand(len(tokens), -1)
+            place = torch.stack((index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]), -1)
+            self.add("positions", place.flatten(0, 1))
+
+    def _count(self, name: str, value: Tensor) -> None:
+        number, total = self.sums.get(name, (0, 0.0))
+        self.sums[name] = (number + 1, total + value)
+
+    def _figures(self) -> dict[str, float]:
+        """Of what was collected; groups that hold enough vectors are judged and emptied."""
+        found: dict[str, float] = {}
+        ready = {name: torch.cat(list_) for name, list_ in self.vectors.items() if sum(map(len, list_)) >= FEWEST}
+        positions = ready.pop("positions", None)
+        for name, vectors in ready.items():
+            x = vectors[-VECTORS:].cpu()
+            values = health.singular_values(x)
+            found[f"{name}/std"], found[f"{name}/cosine"] = health.spread(x).item(), health.mean_cosine(x).item()
+            found[f"{name}/rank_me"], found[f"{name}/dimensions"] = health.rank_me(values).item(), health.dimension_share(values).item()
+            found[f"{name}/dead"], found[f"{name}/rank_share"] = health.dead_share(x).item(), found[f"{name}/rank_me"] / min(x.shape)
+            if name == "patches" and positions is not None:
+                found["position_r2"] = health.position_r2(x, positions[-VECTORS:].cpu()).item()
+        for name in [*ready, "positions"] if "patches" in ready else ready:
+            self.vectors.pop(name, None)
+        for name, (number, *sums) in list(self.sums.items()):
+            group = name.removesuffix(" classes")
+            if group == name and f"{name.rpartition('/')[0]} classes" not in self.sums:
+                found[name] = float(self.sums.pop(name)[1]) / number
+            elif group != name and number >= FEWEST:
+                total, hits = (value.cpu() for value in sums)
+                scale = math.log(len(total))
+                entropies = {key: self.sums.pop(f"{group}/{key}") for key in ("H_cond", "KL") if f"{group}/{key}" in self.sums}
+                means = {key: float(value) / many for key, (many, value) in entropies.items()}
+                marginal = health.marginal_entropy(total / number).item()
+                found |= {f"{group}/H_cond": means["H_cond"] / scale, f"{group}/H_marg": marginal / scale, f"{group}/MI": marginal - means["H_cond"]}
+                found |= {f"{group}/prototypes": (hits > 0).float().mean().item()} | ({f"{group}/KL": means["KL"]} if "KL" in means else {})
+                del self.sums[name]
+        return found
+
+    def _judge(self, figures: dict[str, float], steps: dict[str, list[float]]) -> dict[str, str | None]:
+        """What is wrong, by kind; None where a kind was checked and is fine, a kind that could not be checked is left out."""
+        verdicts: dict[str, str | None] = {}
+        groups = {name.partition("/")[0] for name in figures if name.endswith("/std")}
+        own = groups - {"pooled", "patches"} or groups & {"patches"}  # what a method optimises shows a collapse best
+        signs = [f"{g}: std*sqrt(D) {figures[f'{g}/std']:.2g}, RankMe {figures[f'{g}/rank_me']:.3g}" for g in own if _flat(figures, g)]
+        informed = {name: value for name, value in figures.items() if name.endswith("/MI")}
+        signs += [f"{name} {value:.2g} nat" for name, value in informed.items() if value < 0.1]
+        if own or informed:
+            verdicts["collapse"] = f"{COLLAPSE} ({'; '.join(signs)}); {REMEDY}" if signs else None
+        if "patches/dead" in figures:
+            share = figures["patches/dead"]
+            text = f"{share:.0%} of the encoder's output channels never change; lower the learning rate or the weight decay, and start anew"
+            verdicts["dead units"] = text if share > 0.5 else None
+        if (wait := figures["data_wait_share"]) or steps["skipped"]:
+            text = f"the training waits for data {wait:.0%} of the time; use more loader processes (-o workers=...) or a faster disk"
+            verdicts["data wait"] = text if wait > 0.3 else None
+        if steps["skipped"]:
+            share = sum(steps["skipped"]) / len(steps["skipped"])
+            text = f"{share:.0%} of the steps were skipped because something was not finite; lower the learning rate or use -o precision=bf16"
+            verdicts["skipped steps"] = text if share > 0.05 else None
+        if steps["norm"]:
+            norm, past = figures["gradient_norm"], self.history["norm"]
+            usual = median(past) if past else norm
+            exploded = norm > 10 * usual
+            verdicts["gradient"] = f"the gradient norm is {norm:.3g}, usual is {usual:.3g}; lower the learning rate or -o clip=..." if exploded else None
+            self.history["norm"] = (past if exploded else [*past, norm])[-20:]
+            self.history["loss"] = [*self.history["loss"], sum(steps["loss"]) / len(steps["loss"])][-20:]
+            losses = self.history["loss"]
+            flat = len(losses) >= 10 and min(losses[-10:]) >= losses[0]
+            text = "the loss has not fallen below its first epoch's for ten epochs; raise or lower the learning rate, and look at the pictures of the input"
+            verdicts["loss"] = text if flat else None
+        return verdicts
+
+
+def _flat(figures: dict[str, float], group: str) -> bool:
+    return figures[f"{group}/std"] < 0.1 or figures[f"{group}/rank_share"] < 0.05
+
+
+def _stride(count: int) -> int:
+    """A step that visits every one of `count` places before the first is met again, far from 1."""
+    step = max(1, round(count * 0.618))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _copied(part, device) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return type(value)(_copied(part, device) for part in value)  # type: ignore[call-arg]
+    return value
