@@ -138,12 +138,12 @@ class QueueModel(nn.Module):
         self.student, self.teacher = student, MomentumTeacher(student)
         self.register_buffer("queue", F.normalize(torch.randn(length, WIDTH), dim=1))
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor]:
         query, key = F.normalize(self.student(a), dim=1), F.normalize(self.teacher(b), dim=1)
         logits = torch.cat(((query * key).sum(1, keepdim=True), query @ self.queue.clone().to(query.dtype).T), 1)
         if self.training:
             self.queue.copy_(torch.cat((gathered(key).to(self.queue.dtype), self.queue))[: len(self.queue)])
-        return logits
+        return (logits,)
 
 
 class ToyCentreTrainer(ToyTrainer):
