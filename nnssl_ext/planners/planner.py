@@ -11,11 +11,11 @@ import numpy as np
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import read_json, sha256_json
-from nnssl_ext.core.geometry import resampled_shape
 from nnssl_ext.core.paths import preprocessed_folder
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
 from nnssl_ext.core.registry import find_class
 from nnssl_ext.planners import primus, resenc
+from nnssl_ext.planners.memory import precision
 from nnssl_ext.preprocessing.crop import is_ct
 
 ANISOTROPY = 3.0  # an axis counts as coarse when its spacing is over three times that of the others (nnU-Net)
@@ -48,13 +48,11 @@ class Planner:
 
     def __init__(self, fingerprint: dict[str, Any], memory_gb: float) -> None:
         self.fingerprint, self.memory_gb = fingerprint, memory_gb
-        self.cases = list(fingerprint["cases"].values())
-        if not self.cases:
+        if not fingerprint["cases"]:
             raise UserError(
                 "the fingerprint holds no readable case", fingerprint.get("dataset_name", ""), "see its 'failed' list, mend the files, extract it again"
             )
-        self.spacings = np.array([case["spacing"] for case in self.cases], float)
-        self.shapes = np.array([case["shape_after_crop"] for case in self.cases], float)
+        self.spacings, self.shapes = (np.array([case[key] for case in fingerprint["cases"].values()], float) for key in ("spacing", "shape_after_crop"))
         self.decisions: list[str] = []
 
     def plan(self, plans_name: str) -> Plan:
@@ -64,6 +62,8 @@ class Planner:
             self.decisions.append(f"normalisation of {modality}: {_describe(scheme)}")
         if len(normalization) > 1:
             self.decisions.append(f"normalisation: the collection mixes {', '.join(normalization)}; every image is normalised by its own modality's rule")
+        place = "a CPU, in float32" if precision(self.memory_gb) == "fp32" else "a card, in bfloat16 (float32 would take more than planned)"
+        self.decisions.append(f"memory: {self.memory_gb:g} GB of {place}; no token is dropped and there is no second network (teacher)")
         median = np.median(self.spacings, axis=0)
         configurations = {"3d_fullres": self._configuration("3d_fullres", tuple(self.target_spacing()), plans_name, normalization)}
         lowres = self._lowres_spacing(configurations["3d_fullres"])
@@ -88,9 +88,10 @@ class Planner:
         if modality.lower() == "nonorm":
             return Normalization("none")
         found = self.fingerprint["intensities"][modality]
-        if not is_ct(modality) or not found["percentile_00_5"] < found["percentile_99_5"]:  # a CT of one value: nothing to clip to
+        mean, std, low, high = (found[key] for key in ("mean", "std", "percentile_00_5", "percentile_99_5"))
+        if not is_ct(modality) or not np.isfinite((mean, std, low, high)).all() or low >= high or std <= 0:  # a CT of one value: nothing to clip to
             return Normalization("zscore")
-        return Normalization("ct", found["mean"], max(found["std"], 1e-8), found["percentile_00_5"], found["percentile_99_5"])
+        return Normalization("ct", mean, std, low, high)
 
     def target_spacing(self) -> np.ndarray:
         """Median spacing in mm; a coarse axis (spacing and voxel count) takes its 10th percentile, but stays the coarsest.
@@ -138,10 +139,10 @@ class Planner:
 
     def _configuration(self, name: str, spacing: Vector | None, plans_name: str, normalization: dict[str, Normalization]) -> ConfigPlan:
         mm = tuple(float(s) for s in (np.median(self.spacings, axis=0) if spacing is None else spacing))
-        shapes = self.shapes if spacing is None else np.array([resampled_shape(s, old, mm) for s, old in zip(self.shapes.astype(int), self.spacings)])
+        shapes = self.shapes if spacing is None else np.maximum(1, np.round(self.spacings / mm * self.shapes))  # core.geometry.resampled_shape of all cases
         median_shape = np.maximum(1, np.round(np.median(shapes, axis=0))).astype(int).tolist()
         patch = self.patch_size(mm, median_shape)
-        batch_limit = max(2, min(self._limit(2), len(self.cases)))
+        batch_limit = max(2, min(self._limit(2), len(self.shapes)))
         networks = {family: self._network(family, mm, patch, batch_limit) for family in self.families}
         size = f"median case {_by(median_shape)} voxels, patch {_by(patch)}"
         text = "each case's own spacing" if spacing is None else f"spacing {_by(np.round(mm, 3))} mm ({_WHY_SPACING[name]})"
@@ -173,15 +174,19 @@ class Planner:
         )
 
     def _why_patch(self, patch: Sequence[int], spacing: Sequence[float], median_shape: Sequence[int]) -> str:
-        """What kept the patch from being larger."""
+        """What kept the patch from being one step larger along the axis of which it shows the smallest share."""
         if all(p >= n for p, n in zip(patch, median_shape)):
             return "it holds the whole median case (smaller cases are padded)"
         token = np.array(primus.token_size(spacing))
         larger = np.array(patch)
-        larger[int((larger / np.asarray(median_shape)).argmin())] += self._divisor(larger, spacing, token).max()
+        axis = int((larger / np.asarray(median_shape)).argmin())
+        larger[axis] += self._divisor(larger, spacing, token)[axis]
+        larger = self._rounded(larger, spacing, token)
         if np.prod(larger) > self._limit(1):
             return f"limited to {self._limit(1):,} voxels, which train at a good pace with {self.memory_gb:g} GB"
-        return f"limited by memory: {self.memory_gb:g} GB must hold two samples of the ResEnc U-Net"
+        if not self._fits(larger, spacing):
+            return f"limited by memory: {self.memory_gb:g} GB must hold two samples of each family, {_by(larger)} would not fit"
+        return f"about a cube in mm, cut to the median case; {_by(larger)} would fit, but be longer than that"
 
     def _why_batch(self, network: NetworkPlan, batch_limit: int) -> str:
         if network.batch_size == batch_limit:
@@ -190,8 +195,7 @@ class Planner:
 
     def _network(self, family: str, spacing: Sequence[float], patch: Sequence[int], batch_limit: int) -> NetworkPlan:
         """The family's largest size that trains two samples within the memory target; the smallest when none does."""
-        allowed = [size for at_least, size in self.sizes[family] if self.memory_gb >= at_least]
-        for size in reversed(allowed):
+        for size in reversed(self._sizes(family)):
             network = self.families[family](spacing, patch, size, self.memory_gb, batch_limit)
             if network.batch_size >= 2 and network.memory_gb <= self.memory_gb:
                 break
@@ -214,8 +218,12 @@ class Planner:
             return None
         return tuple(float(s) for s in spacing)
 
+    def _sizes(self, family: str) -> list[str]:
+        """Sizes that the memory target allows, the smallest first."""
+        return [size for at_least, size in self.sizes[family] if self.memory_gb >= at_least]
+
     def _size(self, family: str) -> str:
-        return [size for at_least, size in self.sizes[family] if self.memory_gb >= at_least][-1]
+        return self._sizes(family)[-1]
 
     def _limit(self, column: int) -> int:
         return int([row[column] for row in self.limits if self.memory_gb >= row[0]][-1])
@@ -236,9 +244,13 @@ class Planner:
         raise AssertionError(f"no patch near {patch} is divisible by its own strides")
 
     def _fits(self, patch: np.ndarray, spacing: Sequence[float]) -> bool:
+        """Whether two samples train within the target: of the ResEnc U-Net that the target calls for, and of some network of every other family."""
         if np.prod(patch) > self._limit(1):
             return False
-        return resenc.network(spacing, [int(p) for p in patch], self._size("resenc"), self.memory_gb, 2).batch_size >= 2
+        shape, smallest = [int(p) for p in patch], {family: self._sizes(family)[0] for family in self.families}
+        sizes = {**smallest, "resenc": self._size("resenc")} if "resenc" in self.families else smallest
+        networks = [self.families[family](spacing, shape, size, self.memory_gb, 2) for family, size in sizes.items()]
+        return all(network.batch_size >= 2 and network.memory_gb <= self.memory_gb for network in networks)
 
 
 def plan_experiment(dataset_name: str, planner: str = "Planner", plans_name: str = "nnsslPlans", gpu_memory_target_gb: float | None = None) -> Plan:

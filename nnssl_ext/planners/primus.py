@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.planners.memory import Footprint
 
 TOKEN = 8  # voxels along the finest axis
 SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny for the CPU
@@ -18,7 +19,9 @@ SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny f
     "M": {"embed_dim": 864, "eva_depth": 16, "eva_numheads": 12},
     "L": {"embed_dim": 1056, "eva_depth": 24, "eva_numheads": 16},
 }
-BYTES_PER_TOKEN_CHANNEL = 80.0  # activations kept per token, block and channel: about 40 values of 2 bytes (attention is not stored)
+BYTES_PER_UNIT = {"fp32": 112.0, "bf16": 80.0}  # of a token, channel and block; measured 110-115 and 69-77 (all tokens encoded, attention not stored)
+BYTES_PER_PARAMETER = 18.0  # AdamW: weight, gradient, two moments in float32; a bfloat16 copy of the weight
+BYTES_PER_VOXEL = 8.0  # of the crop: the image and its tokens in float32
 
 
 def token_size(spacing: Sequence[float]) -> tuple[int, ...]:
@@ -39,10 +42,8 @@ def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, targ
     token = token_size(spacing)
     tokens = int(np.prod([p // t for p, t in zip(patch_size, token)]))
     width, depth = preset["embed_dim"], preset["eva_depth"]
-    fixed = 16 * 12.0 * depth * width**2 / 1e9  # fp32 weight, gradient and two moments
-    per_sample = (tokens * width * depth * BYTES_PER_TOKEN_CHANNEL + np.prod(patch_size) * 64) / 1e9
-    batch = int(min(max_batch, max(1, (target_gb - fixed) // per_sample)))
+    parameters = 12.0 * depth * width**2 + tokens * width  # blocks and positions
+    footprint = Footprint(parameters, BYTES_PER_PARAMETER, float(tokens * width * depth), BYTES_PER_UNIT, BYTES_PER_VOXEL * float(np.prod(patch_size)))
+    batch, memory_gb = footprint.batch(target_gb, max_batch)
     kwargs: dict[str, Any] = {**preset, "patch_embed_size": list(token), "drop_path_rate": 0.2, "init_values": 0.1, "scale_attn_inner": True}
-    return NetworkPlan(
-        size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, max(0.001, round(float(fixed + batch * per_sample), 3))
-    )
+    return NetworkPlan(size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, memory_gb)

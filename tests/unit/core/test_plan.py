@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -158,3 +159,8 @@ def test_unknown_configurations_and_families_get_the_closest_name():
     with pytest.raises(UserError, match="unknown backbone family 'resnec'") as caught:
         plan().configuration("3d_fullres").network("resnec")
     assert caught.value.fix == "did you mean 'resenc'?"
+
+
+def test_a_plan_of_the_first_schema_version_still_loads_unchanged():
+    file = Path(__file__).with_name("plan_v1.json")
+    assert Plan.load(file).as_dict() == json.loads(file.read_text())

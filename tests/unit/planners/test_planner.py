@@ -1,13 +1,18 @@
 """The planner: spacing, patch, topology, memory, normalisation."""
 
+import json
+import time
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.geometry import resampled_shape
 from nnssl_ext.core.plan import Plan, check
-from nnssl_ext.nn.backbones.base import resolve
+from nnssl_ext.nn.backbones.base import build_backbone, resolve
 from nnssl_ext.planners import planner as planner_module
 from nnssl_ext.planners import primus, resenc
 from nnssl_ext.planners.planner import Planner
@@ -50,18 +55,111 @@ def test_lowres_is_planned_when_the_patch_sees_too_little_and_then_covers_a_quar
     assert "3d_lowres" not in small.configurations
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(AXES, SPACINGS), min_size=1, max_size=4), st.sampled_from([0.5, 4, 8, 24, 80]))
-def test_any_fingerprint_gives_a_valid_plan_whose_patches_fit_strides_and_tokens(cases, memory):
+COLLECTIONS = st.lists(st.tuples(AXES, SPACINGS), min_size=1, max_size=5)
+MEMORY = st.floats(0.3, 80)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(COLLECTIONS, MEMORY)
+def test_any_collection_gives_a_valid_plan_whose_patches_fit_strides_tokens_and_memory(cases, memory):
     plan = make_plan(memory, shapes=[c[0] for c in cases], spacings=[c[1] for c in cases])
-    check(plan.as_dict())
+    content = plan.as_dict()
+    check(content)
+    assert Plan.from_dict(content).as_dict() == content
     for config in plan.configurations.values():
         strides = np.prod(config.networks["resenc"].kwargs["strides"], axis=0)
         token = config.networks["primus"].kwargs["patch_embed_size"]
-        assert not (np.array(config.patch_size) % strides).any()
-        assert not (np.array(config.patch_size) % token).any()
-        deepest = np.array(config.patch_size) // strides
+        patch = np.array(config.patch_size)
+        assert (patch > 0).all() and not (patch % strides).any() and not (patch % token).any()
+        assert (patch < np.array(config.median_shape) + np.lcm(strides, token)).all()
+        deepest = patch // strides
         assert deepest.prod() >= 2 or len(config.networks["resenc"].kwargs["strides"]) == 1
+        for network in config.networks.values():
+            assert network.batch_size >= 2 and network.memory_gb <= memory
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(COLLECTIONS, st.sampled_from([(0.3, 1), (1, 2), (2, 6), (6, 8), (8, 80)]), st.floats(0, 0.99), st.floats(0, 0.99))
+def test_between_two_sizes_of_the_unet_more_memory_never_means_a_smaller_patch(cases, interval, first, second):
+    low, high = (interval[0] + share * (interval[1] - interval[0]) for share in sorted((first, second)))
+    less, more = (make_plan(gb, shapes=[c[0] for c in cases], spacings=[c[1] for c in cases]).configurations for gb in (low, high))
+    for name in less.keys() & more.keys() - {"3d_lowres"}:  # whose spacing follows from the patch of 3d_fullres
+        assert np.prod(less[name].patch_size) <= np.prod(more[name].patch_size)
+
+
+@settings(max_examples=20, deadline=None)
+@given(COLLECTIONS, MEMORY)
+def test_the_same_fingerprint_gives_the_same_plan(cases, memory):
+    first, second = (make_plan(memory, shapes=[c[0] for c in cases], spacings=[c[1] for c in cases]) for _ in range(2))
+    assert first == second
+
+
+@settings(max_examples=100, deadline=None)
+@given(COLLECTIONS, SPACINGS)
+def test_the_median_case_is_that_of_the_cases_resampled_one_by_one(cases, target):
+    class FixedSpacing(Planner):
+        def target_spacing(self):
+            return np.array(target)
+
+    shapes, spacings = zip(*cases)
+    found = FixedSpacing(make_fingerprint(shapes=shapes, spacings=spacings), 4).plan("p").configurations["3d_fullres"].median_shape
+    one_by_one = [resampled_shape(shape, spacing, target) for shape, spacing in cases]
+    assert list(found) == np.maximum(1, np.round(np.median(one_by_one, axis=0))).astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "spacings"),
+    [
+        ([(40, 48, 44)], [(3, 3, 3)]),
+        ([(2, 512, 512)] * 3, [(1, 1, 1)] * 3),
+        ([(2, 512, 512), (300, 256, 256)], [(8, 0.7, 0.7), (1, 1, 1)]),
+        ([(64, 64, 64)] * 2, [(0.5, 0.5, 0.5), (20, 20, 20)]),
+        ([(2048, 2048, 2048)], [(0.05, 0.05, 0.05)]),
+        ([(5, 4, 3)], [(20, 0.05, 20)]),
+    ],
+    ids=["single", "slab", "thin and thick", "spacing varies 40x", "huge", "crumb"],
+)
+def test_planned_networks_can_be_built_and_read_their_patch(shapes, spacings):
+    plan = make_plan(0.5, shapes=shapes, spacings=spacings)
+    for name in ("3d_fullres", "onemmiso"):
+        config = plan.configurations[name]
+        for family in ("resenc", "primus"):
+            with torch.device("meta"):
+                backbone = build_backbone(config, family, 1)
+                maps = backbone.pyramid(torch.empty(2, 1, *config.patch_size))
+            assert [tuple(found.shape[2:]) for found in maps] == [tuple(p // s for p, s in zip(config.patch_size, stride)) for stride in backbone.strides]
+
+
+def test_twenty_thousand_cases_are_planned_in_seconds_and_the_plan_does_not_grow():
+    rng = np.random.default_rng(0)
+
+    def planned(cases):
+        fingerprint = make_fingerprint(shapes=rng.integers(100, 600, (cases, 3)).tolist(), spacings=rng.uniform(0.4, 5, (cases, 3)).tolist())
+        start = time.process_time()
+        plan = Planner(fingerprint, 24).plan("p")
+        return len(json.dumps(plan.as_dict())), time.process_time() - start
+
+    small, large = planned(10), planned(20_000)
+    assert large[0] == pytest.approx(small[0], rel=0.05) and large[1] < 3  # about 0.2 s on an idle core
+
+
+@pytest.mark.parametrize(("shape", "memory", "words"), [((300, 400, 400), 12, "limited by memory"), ((300, 400, 400), 4, "limited to 262,144 voxels")])
+def test_the_reason_given_for_a_patch_is_the_one_that_holds(shape, memory, words):
+    decisions = make_plan(memory, shapes=[shape] * 9, spacings=[(1, 1, 1)] * 9).decisions
+    assert any(sentence.startswith("3d_fullres: patch") and words in sentence for sentence in decisions)
+
+
+def test_a_slab_is_not_said_to_be_limited_by_memory_that_is_plentiful():
+    decisions = make_plan(80, shapes=[(2, 512, 512)] * 9, spacings=[(1, 1, 1)] * 9).decisions
+    sentence = next(sentence for sentence in decisions if sentence.startswith("3d_fullres: patch"))
+    assert "memory" not in sentence and "cube" in sentence
+
+
+@pytest.mark.parametrize("broken", [{"std": 0.0}, {"std": float("nan")}, {"mean": float("inf")}, {"percentile_99_5": float("nan")}, {"percentile_00_5": 600.0}])
+def test_a_ct_with_degenerate_statistics_is_standardised_per_case(broken):
+    fingerprint = make_fingerprint()
+    fingerprint["intensities"]["CT"] |= broken
+    assert Planner(fingerprint, 4).normalization("CT").scheme == "zscore"
 
 
 @pytest.mark.parametrize("memory", [6.5, 8, 12, 24, 40, 80])
