@@ -47,7 +47,7 @@ class NonFiniteGuard:
         if self.folder is not None and self.total <= CAPTURES:
             file = self.folder / f"nonfinite_step_{step:07d}.pth"
             save_checkpoint(file, state())
-            captured = f"; look into it with --replay {file}"
+            captured = f"; the state before it is in {file}"
         say(f"step skipped: {what}{captured}")
         if self.in_a_row >= self.limit:
             fix = "lower the learning rate (-o lr=...), or continue an earlier checkpoint with --c"
