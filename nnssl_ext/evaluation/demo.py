@@ -106,7 +106,7 @@ class Demo:
         self.commands.append((shown, time.monotonic() - start))
         log = self.folder / "logs" / f"{len(self.commands):02d}_{command[0]}.txt"
         log.parent.mkdir(exist_ok=True)
-        log.write_text("".join(printed))
+        log.write_text("".join(printed), encoding="utf-8")
         if process.returncode:
             raise UserError(f"{command[0]} ended with exit code {process.returncode}", log, "read its output above")
         return "".join(printed)
@@ -216,7 +216,7 @@ def _pretraining(run: Path) -> Section:
     pictures = sorted((run / "pictures").glob("*.png"))
     section.image(pictures[0], "Crop, visible part and reconstruction after the first epoch (three orthogonal slices each).")
     section.image(pictures[-1], "The same after the last epoch.")
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     section.table(
         ["", "first epoch", "last epoch"],
         [[key, metrics[0].get(key, float("nan")), metrics[-1].get(key, float("nan"))] for key in ("train/total", "val/total")],

@@ -32,7 +32,7 @@ def test_every_choice_is_explained_and_shown_on_a_page_without_external_requests
         "GB before compression",
     ):
         assert words in out
-    page = (planned / "nnsslPlans.html").read_text()
+    page = (planned / "nnsslPlans.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3 and "limited by memory" in page
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:|#)[a-z]+:", page)
 

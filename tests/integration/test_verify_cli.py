@@ -89,7 +89,7 @@ def test_a_dataset_without_a_readable_case_has_a_page_and_no_fingerprint(folders
     cut(raw / "imagesTr" / "case0_0000.nii.gz")
     assert verify.main(["-d", "801", "-np", "1"]) == 1
     folder = folders["nnssl_preprocessed"] / raw.name
-    assert "truncated" in (folder / "integrity.html").read_text() and not (folder / "dataset_fingerprint.json").exists()
+    assert "truncated" in (folder / "integrity.html").read_text(encoding="utf-8") and not (folder / "dataset_fingerprint.json").exists()
 
 
 def test_only_headers_are_read_for_a_quick_look(folders, capsys, monkeypatch):
@@ -102,7 +102,7 @@ def test_only_headers_are_read_for_a_quick_look(folders, capsys, monkeypatch):
     out, folder = capsys.readouterr().out, folders["nnssl_preprocessed"] / raw.name
     assert "4 ok, 1 with warnings, 1 quarantined" in out and "voxels, intensities and duplicates were not checked" in out
     assert sorted(path.name for path in folder.iterdir()) == ["integrity_headers.html"]
-    page = (folder / "integrity_headers.html").read_text()
+    page = (folder / "integrity_headers.html").read_text(encoding="utf-8")
     assert "Not checked" in page and "gone" in page and "slab" in page and "image/png" not in page
 
 

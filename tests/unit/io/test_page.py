@@ -32,4 +32,4 @@ def test_what_a_user_named_is_shown_and_not_run(tmp_path):
     section = Section("<script>alert(1)</script>")
     section.text("<b>bold</b>")
     write_page(tmp_path / "index.html", "Title", "", [section])
-    assert "<script>" not in (tmp_path / "index.html").read_text() and "<b>" not in (tmp_path / "index.html").read_text()
+    assert "<script>" not in (tmp_path / "index.html").read_text(encoding="utf-8") and "<b>" not in (tmp_path / "index.html").read_text(encoding="utf-8")

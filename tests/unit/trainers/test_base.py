@@ -49,10 +49,12 @@ def test_a_run_leaves_checkpoints_curves_pictures_and_its_settings(tmp_path):
         "checkpoint_final.pth",
         "checkpoint_latest.pth",
         "checkpoint_previous.pth",
+        "index.html",
         "metrics.jsonl",
         "progress.png",
         "pictures",
         "run.json",
+        "tensorboard",
     }
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     settings = json.loads((tmp_path / "run.json").read_text())

@@ -174,12 +174,12 @@ def test_alarms_reach_terminal_file_and_page(tmp_path):
         run.epoch(record(0))
         run.advance(7, 0.5)
         run.alarm("features of all samples are equal")
-        assert "epoch 2: features of all samples are equal" in (tmp_path / "index.html").read_text()
+        assert "epoch 2: features of all samples are equal" in (tmp_path / "index.html").read_text(encoding="utf-8")
         run.epoch(record(1))
     assert "ALARM: features of all samples are equal" in bar.console.file.getvalue()
     assert [entry.get("alarms") for entry in read_metrics(tmp_path / "metrics.jsonl")] == [None, ["features of all samples are equal"]]
     with log(tmp_path, step=10):
-        assert "epoch 2: features of all samples are equal" in (tmp_path / "index.html").read_text()
+        assert "epoch 2: features of all samples are equal" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 19, 20, 21, 39, 1000])
@@ -229,7 +229,7 @@ def test_an_error_passes_through_and_closes_everything(tmp_path):
     with pytest.raises(UserError), log(tmp_path) as run:
         run.epoch(record(0))
         raise UserError("20 steps in a row were not finite", "here")
-    page = (tmp_path / "index.html").read_text()
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert 'class="badge failed"' in page and "20 steps in a row were not finite" in page
 
 
