@@ -69,7 +69,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     SIGTERM, SIGUSR1 and SIGINT are passed on. When one process fails, the others are ended.
 
     Returns:
-        0, or the exit code of the first process that failed.
+        0, or the exit code that tells most about what failed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -87,13 +87,12 @@ def launch(command: Sequence[str], processes: int) -> int:
         for rank_ in range(processes):
             own = {"RANK": str(rank_), "LOCAL_RANK": str(rank_), "NNSSL_LAUNCHER": str(os.getpid())}
             started.append(subprocess.Popen(list(command), env={**os.environ, **shared, **own}))
-        while True:
-            codes = [process.poll() for process in started]
-            failed = [code for code in codes if code]
-            if failed or None not in codes:
-                break
+        while None in [process.poll() for process in started] and not any(process.returncode for process in started):
             time.sleep(0.1)
-        telling = next((code for code in failed if code != 1), *failed[:1]) if failed else 0  # 1: lost its connection to one that ended before
+        first = next((process.returncode for process in started if process.returncode), 0)
+        _end(started)
+        # 1: it lost its connection to one that ended before; -9: ended by us
+        telling = next((process.returncode for process in started if process.returncode not in (0, 1, -signal.SIGKILL)), first)
         return telling if telling >= 0 else 128 - telling
     finally:
         _end(started)
