@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from nnssl_ext.core.files import read_json
 from nnssl_ext.io import bids
 from nnssl_ext.io.case import ENDINGS, Case, stem
 from nnssl_ext.io.index import read_index
+from nnssl_ext.io.tree import walk
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,7 @@ def _candidates(folder: Path) -> list[str]:
 
 def _image_names(folder: Path) -> list[str]:
     """Paths of the image files below a folder, relative to it and with '/', sorted; hidden ones left out, links to folders followed."""
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        stat = os.stat(place)
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back into the tree
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name).relative_to(folder).as_posix() for name in files if name.endswith(ENDINGS) and not name.startswith(".")]
+    found = [(place / name).relative_to(folder).as_posix() for place, names, _ in walk(folder) for name in names if name.endswith(ENDINGS) and name[0] != "."]
     return sorted(found)
 
 
