@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +29,11 @@ from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
 from nnssl_ext.trainers.config import SPEED_ONLY
 from nnssl_ext.trainers.description import describe
 from nnssl_ext.trainers.guards import NonFiniteGuard
+from nnssl_ext.trainers.health import HealthMonitor
 from nnssl_ext.trainers.optim import choose_recipe, learning_rate, make_optimizer, parameter_groups
-from nnssl_ext.trainers.pictures import draw_run
+from nnssl_ext.trainers.pictures import draw_run, evaluating
 from nnssl_ext.trainers.resumption import content_of, restore
-from nnssl_ext.trainers.run_log import RunLog
+from nnssl_ext.trainers.run_log import RunLog, milestones
 from nnssl_ext.trainers.signals import Stopped, StopSignals
 from nnssl_ext.trainers.update import Outcome, Updater
 
@@ -81,6 +82,7 @@ class SSLTrainer:
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"pyramid"}),)  # the backbone must support one of these sets
     trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is worth transferring
     citation: ClassVar[str] = ""
+    probe: Callable[[Backbone, torch.device], dict[str, float]] | None = None  # quality of frozen features, named figures
     config: Any  # the method's own Config
     model: Any  # what its `build` returned
 
@@ -149,6 +151,8 @@ class SSLTrainer:
             accumulate=self.config.accumulate,
             received=lambda: self.signals.received,
         )
+        warm = max(round(self.recipe.warmup * self.total_steps), self.config.iterations)
+        self.health = HealthMonitor(self.backbone, self.config.iterations, armed=warm, active=self.rank == 0)
         self.guard = NonFiniteGuard(self.folder if self.rank == 0 else None, self.config.max_skips)
         self.next_step = 0
         self.sums: dict[str, float] = {}
@@ -183,7 +187,9 @@ class SSLTrainer:
         loader = batches(self._dataset(self.train_cases, "train"), start * accumulate, stop * accumulate, self.workers, pin=self.device.type == "cuda")
         began, self.waited = time.monotonic(), 0.0
         for step in range(start, stop):
-            outcome = self._update(step, loader)
+            with self.health.watch(step):
+                outcome = self._update(step, loader)
+            self.health.seen(step, outcome.values["total"], outcome.norm, outcome.applied, self.batch)
             self.guard.seen(step, outcome, self.state, log.say)
             self.next_step = step + 1
             if outcome.applied:
@@ -227,13 +233,24 @@ class SSLTrainer:
         val, self.sums = self.validate(), {}
         record: dict[str, Any] = {"epoch": epoch, "step": self.next_step, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"{side}/{name}": value for side, losses in (("train", train), ("val", val)) for name, value in losses.items()}
+        figures, alarms = self.health.epoch(self.next_step, timing["data_wait_share"])
+        for text in alarms:
+            log.alarm(text)
+        record |= figures | self._probed(epoch)
         log.epoch(record | {name: round(value, 4) for name, value in timing.items()})
         log.draw(epoch, lambda path: draw_run(self, self.batch, path))
         score = val.get("total", train["total"])
-        if score < self.best:
+        if score < self.best and not self.health.collapsed:
             self.best = score
             self.save("best")
         self.save("latest")
+
+    def _probed(self, epoch: int) -> dict[str, float]:
+        if self.probe is None or self.rank or epoch not in milestones(self.config.epochs):
+            return {}
+        backbone = self.transferred()
+        with torch.random.fork_rng(), evaluating(self.model, backbone):
+            return {f"probe/{name}": value for name, value in self.probe(backbone, self.device).items()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

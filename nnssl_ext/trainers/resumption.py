@@ -31,6 +31,7 @@ def content_of(trainer: SSLTrainer) -> dict[str, Any]:
         "optimizer_state": on_cpu(trainer.optimizer.state_dict()),
         "scaler_state": trainer.update.scaler.state_dict(),
         "guard_state": trainer.guard.state(),
+        "health_state": on_cpu(trainer.health.state_dict()),
         "step": trainer.next_step,
         "sums": dict(trainer.sums),
         "best": trainer.best,
@@ -58,4 +59,5 @@ def restore(trainer: SSLTrainer, content: dict[str, Any], path: Path) -> None:
     trainer.optimizer.load_state_dict(content["optimizer_state"])
     trainer.update.scaler.load_state_dict(content["scaler_state"])
     trainer.guard.load(content["guard_state"])
+    trainer.health.load_state_dict(content["health_state"])
     trainer.next_step, trainer.sums, trainer.best = content["step"], dict(content["sums"]), content["best"]

@@ -44,7 +44,7 @@ class RunLog:
         self.alarms: list[str] = []
         self.told: set[str] = set()
         self.names = chosen_sinks()  # on every rank, so that all of them fail alike
-        self.epochs = picture_epochs(settings["config"]["epochs"])
+        self.epochs = milestones(settings["config"]["epochs"])
 
     def __enter__(self) -> RunLog:
         self.bar.__enter__()
@@ -142,8 +142,8 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def picture_epochs(epochs: int) -> Sequence[int]:
-    """The epochs (counted from 0) that get a picture: evenly spread, the first and the last among them."""
+def milestones(epochs: int) -> Sequence[int]:
+    """The epochs (counted from 0) that get a picture and a probe: evenly spread, the first and the last among them."""
     count = min(PICTURES, epochs)
     return sorted({round(i * (epochs - 1) / max(1, count - 1)) for i in range(count)})
 

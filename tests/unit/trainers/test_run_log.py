@@ -12,7 +12,7 @@ from rich.console import Console
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.trainers import sinks
 from nnssl_ext.trainers.pace import Pace
-from nnssl_ext.trainers.run_log import RunLog, how_it_ended, picture_epochs
+from nnssl_ext.trainers.run_log import RunLog, how_it_ended, milestones
 from nnssl_ext.trainers.signals import Stopped
 from nnssl_ext.trainers.sinks import read_metrics
 from nnssl_ext.trainers.terminal import Bar, Eta, duration
@@ -184,7 +184,7 @@ def test_alarms_reach_terminal_file_and_page(tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 2, 19, 20, 21, 39, 1000])
 def test_at_most_twenty_pictures_the_first_and_last_epoch_among_them(epochs):
-    chosen = picture_epochs(epochs)
+    chosen = milestones(epochs)
     assert len(chosen) == len(set(chosen)) == min(20, epochs)
     assert chosen[0] == 0 and chosen[-1] == epochs - 1
 
