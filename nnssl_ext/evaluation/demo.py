@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import read_json
 from nnssl_ext.evaluation.demo_data import make_demo_data
-from nnssl_ext.evaluation.report import Section, write_page
+from nnssl_ext.io.page import Section, write_page
 from nnssl_ext.finetuning import nnunet_trainers
 from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 
