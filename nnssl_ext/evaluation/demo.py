@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import read_json
 from nnssl_ext.evaluation.demo_data import make_demo_data
-from nnssl_ext.io.page import Section, write_page
 from nnssl_ext.finetuning import nnunet_trainers
 from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
+from nnssl_ext.io.page import Section, write_page
 
 FINETUNE = {EPOCHS_VARIABLE: "8", ITERATIONS_VARIABLE: "30"}
 PRETRAIN = ("epochs=10", "iterations=25", "batch_size=2", "optimizer=adamw", "lr=2e-3")  # SGD of the recipe needs thousands of steps
