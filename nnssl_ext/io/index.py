@@ -100,7 +100,10 @@ def _from_nnunet(folder: Path) -> list[Case]:
             "add the missing files or take the cases out",
         )
     names_in_order = tuple(modalities[channel] for channel in wanted)
-    return [Case(case, case, "1", tuple(files[channel] for channel in wanted), names_in_order) for case, files in channels.items()]
+    subjects = description.get("subjects", {})
+    if not isinstance(subjects, dict):
+        raise UserError('"subjects" of dataset.json is no table of cases', folder / "dataset.json", 'write "subjects": {"CASE": "SUBJECT"}')
+    return [Case(case, str(subjects.get(case, case)), "1", tuple(files[channel] for channel in wanted), names_in_order) for case, files in channels.items()]
 
 
 def _from_pretrain_data(file: Path) -> list[Case]:

@@ -182,11 +182,13 @@ def write_indexes(folder: Path, ending: str, description: Mapping[str, Any], wan
 def _dataset_json(records: Sequence[Record], ending: str, description: Mapping[str, Any]) -> dict[str, Any]:
     largest = max((value for record in records for value in record.label_values), default=0)
     labels = {"background": 0, **{f"label_{value}": value for value in range(1, largest + 1)}}
+    subjects = {record.identifier: record.subject for record in records if record.subject != record.identifier}
     return {
         "channel_names": {str(number): name for number, name in enumerate(records[0].modalities)},
         "labels": labels,
         "numTraining": sum(record.subfolder == TRAINING for record in records),
         "file_ending": ending,
+        **({"subjects": subjects} if subjects else {}),
         **description,
     }
 

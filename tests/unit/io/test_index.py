@@ -23,6 +23,15 @@ def test_an_nnunet_raw_folder_gives_a_case_per_volume_with_all_channels(tmp_path
     assert cases[0].modalities == ("CT", "CT") and cases[0].subject == "case0"
 
 
+def test_dataset_json_can_name_the_subjects(tmp_path):
+    folder = nnunet_dataset(tmp_path, cases=3)
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    (folder / "dataset.json").write_text(json.dumps(content | {"subjects": {"case0": "anna", "case2": "anna"}}), encoding="utf-8")
+    assert [case.subject for case in read_index(folder)] == ["anna", "case1", "anna"]
+    (folder / "dataset.json").write_text(json.dumps(content | {"subjects": ["anna"]}), encoding="utf-8")
+    fails(folder, '"subjects" of dataset.json is no table of cases')
+
+
 def test_unlabelled_images_beside_the_training_images_are_used_too(tmp_path):
     folder = nnunet_dataset(tmp_path, cases=1)
     write_image(folder / "imagesUn" / "extra_0000.nii.gz", body_volume())

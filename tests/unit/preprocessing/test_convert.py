@@ -89,7 +89,9 @@ def test_brats_keeps_four_channels_and_renumbers_label_4(folders, tmp_path):
     folder, failed = run(folders, source)
     assert not failed and not (folder / "pretrain_data.json").exists()
     assert description(folder)["channel_names"] == {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}
-    case = read_index(folder)[0]
+    cases = read_index(folder)
+    case = cases[0]
+    assert len({case.subject for case in cases}) == 2 and not case.subject.endswith("_1_1")  # the last number is the visit
     array, geometry = read_case(case)
     for channel, name in enumerate(("t1", "t1ce", "t2", "flair")):
         assert_same((array[channel], geometry), read_volume(source / "HGG/Brats18_2013_1_1" / f"Brats18_2013_1_1_{name}.nii.gz"))
