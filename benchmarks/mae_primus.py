@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def work(side: str, quick: bool) -> Callable[[], object]:
     )  # type: ignore[arg-type]
     if side == "ours":
         trainer.initialize()
-        batch = trainer._dataset(list(range(len(store))), "train")[0]
-        return lambda: trainer._update(0, batch)
+        batches = repeat(trainer._dataset(list(range(len(store))), "train")[0])
+        return lambda: trainer._update(0, batches)
     torch.manual_seed(0)
     preset = network.kwargs
     model = PlainMAE(preset["embed_dim"], preset["eva_depth"], preset["eva_numheads"], preset["patch_embed_size"][0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def work(side: str, quick: bool) -> Callable[[], object]:
     trainer = MAETrainer(plan, "3d_fullres", MAETrainer.Config(), store, tempfile.gettempdir())
     if side == "ours":
         trainer.initialize()
-        batch = trainer._dataset(list(range(len(store))), "train")[0]
-        return lambda: trainer._update(0, batch)
+        batches = repeat(trainer._dataset(list(range(len(store))), "train")[0])
+        return lambda: trainer._update(0, batches)
     torch.manual_seed(0)
     model = ResidualEncoderUNet(input_channels=1, num_classes=1, deep_supervision=False, **resolve(dict(network.kwargs), network.imports))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.99, nesterov=True, weight_decay=3e-5)
