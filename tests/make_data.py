@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nnssl_ext.core.geometry import Geometry
-from nnssl_ext.core.plan import Plan
+from nnssl_ext.core.plan import NetworkPlan, Plan
 from nnssl_ext.planners.planner import Planner
 
 
@@ -47,6 +48,33 @@ def make_plan(memory_gb: float = 0.5, **fingerprint: Any) -> Plan:
     return Planner(make_fingerprint(**fingerprint), memory_gb).plan("nnsslPlans")
 
 
+TINY_SHAPE = (20, 24, 22)
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "resenc": {
+        "n_stages": 3,
+        "features_per_stage": [8, 16, 16],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "n_blocks_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+    },
+    "primus": {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": [4, 4, 4]},
+}
+
+
+def tiny_plan(channels: int = 1) -> Plan:
+    """A plan whose only configuration, 3d_fullres, has 16^3 patches and networks that train in milliseconds; a family without an entry in TINY is left out."""
+    plan = make_plan(channels=channels, shapes=(TINY_SHAPE,) * 8)
+    made = plan.configuration("3d_fullres")
+    networks = {family: _tiny(network, TINY[family]) for family, network in made.networks.items() if family in TINY}
+    config = dataclasses.replace(made, patch_size=(16, 16, 16), networks=networks)
+    return dataclasses.replace(plan, configurations={"3d_fullres": config})
+
+
+def _tiny(network: NetworkPlan, kwargs: Mapping[str, Any]) -> NetworkPlan:
+    return dataclasses.replace(network, size="tiny", kwargs={**network.kwargs, **kwargs}, batch_size=2, memory_gb=0.001)
+
+
 class ArrayStore:
     """The reading side of a CaseStore, in memory: smooth textures that differ from case to case."""
 
@@ -81,3 +109,8 @@ class ArrayStore:
 
     def data_hash(self) -> str:
         return "0" * 64
+
+
+def tiny_store(cases: int = 8, channels: int = 1) -> ArrayStore:
+    """Cases for `tiny_plan`."""
+    return ArrayStore(cases, TINY_SHAPE, channels)
