@@ -77,6 +77,7 @@ def work(side: str, quick: bool) -> Callable[[], object]:
     )  # type: ignore[arg-type]
     if side == "ours":
         trainer.initialize()
+        trainer.waited = 0.0
         batches = repeat(trainer._dataset(list(range(len(store))), "train")[0])
         return lambda: trainer._update(0, batches)
     torch.manual_seed(0)
