@@ -46,6 +46,20 @@ def nnunet_dataset(root: Path, cases: int = 3, channels: int = 1, name: str = "D
     return folder
 
 
+def labelled_dataset(
+    root: Path, cases: int = 3, name: str = "Dataset901_Labelled", spacing: Sequence[float] = (3.0, 2.0, 2.0), shape: Sequence[int] = (20, 24, 28)
+) -> Path:
+    """An nnU-Net raw folder with labels: 1 the ball of tissue, 2 its voxels above 70 HU."""
+    folder = root / name
+    for case in range(cases):
+        array = body_volume(shape, case)
+        write_image(folder / "imagesTr" / f"case{case}_0000.nii.gz", array, spacing)
+        write_image(folder / "labelsTr" / f"case{case}.nii.gz", ((array > -500).astype(np.uint8) + (array > 70)).astype(np.uint8), spacing)
+    labels = {"background": 0, "body": 1, "dense": 2}
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}))
+    return folder
+
+
 def pretrain_dataset(root: Path, subjects: int = 3, name: str = "Dataset802_Test") -> Path:
     """nnssl's pretrain_data.json: each subject has a CT and an MR session."""
     folder, entries = root / name, {}

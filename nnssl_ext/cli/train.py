@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from nnssl_ext.cli.common import parser, run
 
@@ -20,6 +21,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
     result.add_argument("-num_gpus", type=int, default=1, metavar="N", help="processes, one per card (default: 1)")
+    result.add_argument("-probe", metavar="DATASET", help="labelled dataset (nnU-Net's raw format) on which the frozen features are tested now and then")
     result.add_argument("--c", action="store_true", help="continue from checkpoint_latest")
     result.add_argument("--val", action="store_true", help="only compute the validation losses of checkpoint_best")
     return result
@@ -35,8 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     from nnssl_ext.trainers.launch import Run, start
 
+    probe = None
+    if options.probe is not None:
+        from nnssl_ext.evaluation.probe import make_probe
+
+        probe = partial(make_probe, options.probe)
     chosen = Run(options.dataset, options.configuration, options.tr, options.p, options.b, tuple(options.o), options.device, options.c, options.val)
-    return start(chosen, options.num_gpus, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv])
+    return start(chosen, options.num_gpus, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv], probe)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def describe(trainer: SSLTrainer) -> dict[str, Any]:
         "batch_size": trainer.batch_size,
         "processes": trainer.ranks,
         "device": trainer.device.type,
+        "probe": getattr(trainer.probe, "dataset", None),
         "total_steps": trainer.total_steps,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
         "versions": {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -59,6 +60,7 @@ def command(run: Mapping[str, Any], default_family: str) -> str:
     words += ["-p", run["plans"]] if run["plans"] != "nnsslPlans" else []
     words += ["-b", run["family"]] if run["family"] != default_family else []
     words += ["-num_gpus", str(run["processes"])] if run["processes"] > 1 else []
+    words += ["-probe", run["probe"]] if run.get("probe") else []
     words += ["-device", "cpu"] if run["device"] == "cpu" else []
     words += ["-o", *(f"{key}={_text(value)}" for key, value in run["overrides"].items())] if run["overrides"] else []
     return shlex.join(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,14 @@ from nnssl_ext.core.paths import PREPROCESSED, RAW, dataset_name, preprocessed_f
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.registry import find_class
 from nnssl_ext.nn import distributed
+from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.config import folder_suffix, parse_overrides
 from nnssl_ext.trainers.signals import Stopped
+
+ProbeMaker = Callable[[Plan, str], Callable[[Backbone, torch.device], dict[str, float]]]  # from plan and configuration, see `SSLTrainer.probe`
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def make_trainer(run: Run) -> SSLTrainer:
     return cls(plan, run.configuration, config, store, folder, family=family, device=device)
 
 
-def start(run: Run, processes: int, command: Sequence[str]) -> int:
+def start(run: Run, processes: int, command: Sequence[str], probe: ProbeMaker | None = None) -> int:
     """Train (or validate) in this process, or run `command` in several that form one group.
 
     Returns:
@@ -78,13 +81,13 @@ def start(run: Run, processes: int, command: Sequence[str]) -> int:
     if processes == 1 or "RANK" in os.environ:
         distributed.end_with_launcher()
         with distributed.group(device_of(run)):
-            return _work(run)
+            return _work(run, probe)
     if make_trainer(run).device.type == "cuda" and processes > torch.cuda.device_count():  # every mistake shows before processes are started
         raise UserError(f"{processes} cards wanted, {torch.cuda.device_count()} found", "option -num_gpus")
     return distributed.launch(command, processes)
 
 
-def _work(run: Run) -> int:
+def _work(run: Run, probe: ProbeMaker | None = None) -> int:
     trainer = make_trainer(run)
     if trainer.rank == 0:
         print(f"results: {trainer.folder}")
@@ -93,6 +96,8 @@ def _work(run: Run) -> int:
         trainer.load(load_checkpoint(trainer.folder / "checkpoint_best.pth"), trainer.folder)
         print("  ".join(f"{name} {value:.6f}" for name, value in trainer.validate().items()) or "no validation cases (fewer than three subjects)")
         return 0
+    if probe is not None and trainer.rank == 0:
+        trainer.probe = probe(trainer.plan, trainer.configuration)
     try:
         trainer.fit(resume=run.resume)
     except Stopped as stopped:

@@ -27,16 +27,16 @@ def names(records: Sequence[Record], *prefixes: str) -> list[str]:
 
 
 def draw_progress(records: Sequence[Record], path: Path) -> None:
-    """Curves of losses, health (where there is any), learning rate and throughput over the epochs."""
+    """Curves of losses, probe and health (where there are any), learning rate and throughput over the epochs."""
     from matplotlib.figure import Figure  # here: it takes a second, which the start of a training can do without
     from matplotlib.ticker import MaxNLocator
 
-    health = names(records, "health/")
-    figure = Figure(figsize=(10, 14 if health else 11), dpi=90, layout="constrained")
-    axes = iter(figure.subplots(4 if health else 3, 1, sharex=True))
+    extra = {name: found for name in ("probe", "health") if (found := names(records, f"{name}/"))}
+    figure = Figure(figsize=(10, 11 + 3 * len(extra)), dpi=90, layout="constrained")
+    axes = iter(figure.subplots(3 + len(extra), 1, sharex=True))
     _plot(next(axes), records, names(records, "train/", "val/"), "loss")
-    if health:
-        _plot(next(axes), records, health, "health")
+    for name, keys in extra.items():
+        _plot(next(axes), records, keys, name)
     _plot(next(axes), records, ["lr"], "learning rate")
     speed = next(axes)
     _plot(speed, records, ["samples_per_second"], "samples per second")

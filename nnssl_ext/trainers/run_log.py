@@ -82,7 +82,7 @@ class RunLog:
         """At the end of an epoch.
 
         Args:
-            record: numbers by name, among them "epoch" (counted from 0) and "step" (those done); "train/...", "val/...", "health/...", "lr",
+            record: numbers by name, among them "epoch" (counted from 0) and "step" (those done); "train/...", "val/...", "health/...", "probe/...", "lr",
                 "seconds", "samples_per_second", "data_wait_share".
         """
         clean: Record = {name: plain(value) for name, value in record.items()} | {"time": round(time.time(), 1)}
@@ -108,6 +108,7 @@ class RunLog:
     def _line(self, record: Record) -> str:
         parts = [f"epoch {record['epoch'] + 1}/{self.settings['config']['epochs']}"]
         parts += [f"{side} {record[key]:.4f}" for side in ("train", "val") if isinstance(record.get(key := f"{side}/total"), (int, float))]
+        parts += [f"{key} {record[key]:.3f}" for key in record if key.startswith("probe/") and isinstance(record[key], float)]
         for key, text in (("samples_per_second", "{:.3g} samples/s"), ("data_wait_share", "data wait {:.0%}")):
             parts += [text.format(record[key])] if isinstance(record.get(key), (int, float)) else []
         return "  ".join([*parts, f"ETA {self.bar.eta.left(record['step'])}"])

@@ -107,10 +107,10 @@ FACTS |= {"val/total": "validation loss {:.4g}"}
 def charts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Titles and SVG curves: the loss, its parts, every health metric by itself, learning rate, throughput."""
     parts = [key for key in names(records, "train/", "val/") if not key.endswith("/total")]
-    wanted = {"Loss": ["train/total", "val/total"], "Parts of the loss": parts}
+    wanted = {"Loss": ["train/total", "val/total"], "Probe of the frozen features": names(records, "probe/"), "Parts of the loss": parts}
     wanted |= {key.removeprefix("health/"): [key] for key in names(records, "health/")}
     wanted |= {"Learning rate": ["lr"], "Samples per second": ["samples_per_second"], "Share of the time waiting for data": ["data_wait_share"]}
-    drawn = {title: curves({key.removeprefix("health/"): series(records, key) for key in keys}) for title, keys in wanted.items()}
+    drawn = {title: curves({key.removeprefix("health/").removeprefix("probe/"): series(records, key) for key in keys}) for title, keys in wanted.items()}
     return [(title, svg) for title, svg in drawn.items() if svg]
 
 
