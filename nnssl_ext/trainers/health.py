@@ -159,12 +159,12 @@ class HealthMonitor:
 
         def tapped(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             features = original(x, *arguments, **keywords)
-            self._tap(x, features, arguments[0] if arguments else keywords.get("keep"))
+            tap = torch.compiler.disable(self._tap) if torch.compiler.is_compiling() else self._tap  # the first one takes seconds to import
+            tap(x, features, arguments[0] if arguments else keywords.get("keep"))
             return features
 
         return tapped
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _tap(self, x: Tensor, features: Any, keep: Tensor | None) -> None:
         if self.tapped:

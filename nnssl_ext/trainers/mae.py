@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from dynamic_network_architectures.building_blocks.eva import Eva
 from torch import Tensor, nn
 
 from nnssl_ext.data.loader import Batch
@@ -16,9 +15,8 @@ from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.losses import masked_mse
 from nnssl_ext.nn.tokens import gather, patchify, split_tokens, unpatchify
+from nnssl_ext.nn.transformer import HEAD_WIDTH, transformer
 from nnssl_ext.trainers.base import Losses, SSLTrainer
-
-HEAD_WIDTH = 24  # channels per attention head of the decoder; rotary positions in 3D need a multiple of 6
 
 
 class MAETrainer(SSLTrainer):
@@ -101,7 +99,7 @@ class MaskedTransformer(nn.Module):
         self.embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder = Eva(width, depth, width // HEAD_WIDTH, ref_feat_shape=backbone.grid, init_values=0.1, scale_attn_inner=True)
+        self.decoder = transformer(width, depth, backbone.grid)
         self.head = nn.Linear(width, backbone.channels * int(np.prod(backbone.token)))
 
     def decode(self, image: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:

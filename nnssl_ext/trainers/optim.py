@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.nn.optimizers import SGD, AdamW
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list
 
 def make_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.99, nesterov=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+        return SGD(groups, lr=recipe.lr, momentum=0.99, nesterov=True)
+    return AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step: int, total: int, recipe: Recipe) -> float:
