@@ -22,14 +22,16 @@ WIDTH = 16
 
 @dataclass(frozen=True)
 class TwoCrops:
-    """Views "a" and "b" of one case; b is a noisy copy of a."""
+    """Views "a" and "b" of one case; b is a noisy crop from the same place or, half of the time, from another one: hard enough to tempt into a collapse."""
 
     crop: Crop
     noise: float = 0.3
+    elsewhere: float = 0.5
 
     def sample(self, store, case: int, rng: np.random.Generator) -> dict[str, View]:
         a = self.crop.sample(store, case, rng)["image"]
-        return {"a": a, "b": View(a.image + self.noise * rng.standard_normal(a.image.shape, np.float32), a.affine)}
+        b = self.crop.sample(store, case, rng)["image"] if rng.random() < self.elsewhere else a
+        return {"a": a, "b": View(b.image + self.noise * rng.standard_normal(b.image.shape, np.float32), b.affine)}
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
     def __init__(self, backbone: Backbone, *last: nn.Module, width: int = WIDTH) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Sequential(nn.Linear(backbone.widths[-1], 32), Standardize(), nn.ReLU(), nn.Linear(32, width), *last)
+        self.head = nn.Sequential(Standardize(), nn.Linear(backbone.widths[-1], 32), nn.ReLU(), nn.Linear(32, width), *last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone.pooled(x))
@@ -81,6 +83,7 @@ class ToyEMATrainer(ToyTrainer):
         return EMAModel(Encoder(backbone))
 
     def losses(self, prediction: Tensor, target: Tensor) -> Losses:
+        self.health.add("projection", target)
         return {"total": 1 - F.cosine_similarity(prediction, target).mean()}
 
 
@@ -126,7 +129,8 @@ class ToyQueueTrainer(ToyTrainer):
     def build(self, backbone: Backbone) -> nn.Module:
         return QueueModel(Encoder(backbone))
 
-    def losses(self, logits: Tensor) -> Losses:
+    def losses(self, logits: Tensor, query: Tensor) -> Losses:
+        self.health.add("projection", query)
         return {"total": F.cross_entropy(logits / 0.2, torch.zeros(len(logits), dtype=torch.long, device=logits.device))}
 
 
@@ -138,12 +142,12 @@ class QueueModel(nn.Module):
         self.student, self.teacher = student, MomentumTeacher(student)
         self.register_buffer("queue", F.normalize(torch.randn(length, WIDTH), dim=1))
 
-    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor]:
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         query, key = F.normalize(self.student(a), dim=1), F.normalize(self.teacher(b), dim=1)
         logits = torch.cat(((query * key).sum(1, keepdim=True), query @ self.queue.clone().to(query.dtype).T), 1)
         if self.training:
             self.queue.copy_(torch.cat((gathered(key).to(self.queue.dtype), self.queue))[: len(self.queue)])
-        return (logits,)
+        return logits, query
 
 
 class ToyCentreTrainer(ToyTrainer):
