@@ -107,6 +107,9 @@ class ArrayStore:
         array = self.arrays[case]
         return array.copy() if box is None else array[(slice(None), *(slice(low, high) for low, high in box))].copy()
 
+    def verify(self, case: int) -> None:
+        pass
+
     def data_hash(self) -> str:
         return "0" * 64
 

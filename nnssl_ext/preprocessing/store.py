@@ -22,7 +22,7 @@ from nnssl_ext.preprocessing.store_index import SCHEMA_VERSION, load_index
 STORAGES = ("float32", "float16", "uint16")
 BODY_CELL = 8  # stored voxels along the edge of a cell of the coarse body mask
 _OPEN_FILES = 64
-_DAMAGED = "delete it and its .json, then preprocess again"
+_DAMAGED = "delete it and its .json, then nnssl_preprocess again; nnssl_verify --store checks the others"
 
 
 def write_case(

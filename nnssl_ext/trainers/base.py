@@ -20,7 +20,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.rng import torch_seed
-from nnssl_ext.data.loader import Batch, StepDataset, batches, split_subjects
+from nnssl_ext.data.loader import Batch, StepDataset, batches, deaths_explained, split_subjects
 from nnssl_ext.data.views import ViewSpec
 from nnssl_ext.nn import distributed
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
@@ -159,6 +159,7 @@ class SSLTrainer:
 
     def fit(self, resume: bool = False, stop_at: int | None = None) -> None:
         """Train to the end, or up to (not including) step `stop_at`; checkpoint_latest then continues exactly there.
+        self.val_data = self._dataset(self.val_cases, "val")
 
         Args:
             resume: continue from checkpoint_latest.
@@ -189,6 +190,7 @@ class SSLTrainer:
         for step in range(start, stop):
             with self.health.watch(step):
                 outcome = self._update(step, loader)
+        stack.enter_context(deaths_explained())
             self.health.seen(step, outcome.values["total"], outcome.norm, outcome.applied, self.batch)
             self.guard.seen(step, outcome, self.state, log.say)
             self.next_step = step + 1
@@ -260,11 +262,10 @@ class SSLTrainer:
         count = min(self.config.val_iterations, math.ceil(len(self.val_cases) / (self.batch_size * self.ranks)))
         self.parallel.eval()
         sums: dict[str, float] = {}
-        dataset = self._dataset(self.val_cases, "val")
         for step in range(count):
             torch.manual_seed(torch_seed(self.config.seed, step * self.ranks + self.rank, "val"))
             with self.update.autocast():
-                losses = self.step(self.parallel, {name: view.to(self.device) for name, view in dataset[step].items()})
+                losses = self.step(self.parallel, {name: view.to(self.device) for name, view in self.val_data[step].items()})
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {name: distributed.mean(value / count, self.device) for name, value in sums.items()}

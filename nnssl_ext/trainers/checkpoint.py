@@ -58,10 +58,13 @@ def save_checkpoint(path: Path | str, content: dict[str, Any], previous: Path | 
         path: the file.
         content: tensors and plain types.
         previous: keeps the former file under this name.
+
+    Raises:
+        DiskError: the disk is full, read-only or failing; the former file stays.
     """
     path = Path(path)
     with atomic_path(path) as temporary:
-        torch.save({"format_version": FORMAT_VERSION, **content}, temporary)
+        _write({"format_version": FORMAT_VERSION, **content}, temporary)
         with open(temporary, "rb+") as file:
             file.seek(-2, os.SEEK_END)
             file.write(struct.pack("<H", _COMMENT_BYTES))
@@ -75,6 +78,16 @@ def save_checkpoint(path: Path | str, content: dict[str, Any], previous: Path | 
                     os.link(path, link)
                 except OSError:  # a file system without hard links
                     shutil.copyfile(path, link)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides it behind one of its own
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
