@@ -26,18 +26,19 @@ def main(argv: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     from nnssl_ext.core.files import read_json
     from nnssl_ext.core.paths import PREPROCESSED, RAW, dataset_name, preprocessed_folder
-    from nnssl_ext.evaluation.plan_page import write_plan_page
     from nnssl_ext.planners.planner import plan_experiment
 
     for number in options.d:
         plan = plan_experiment(dataset_name(number, (PREPROCESSED, RAW)), options.pl, options.p, options.gpu_memory_target)
-        folder = preprocessed_folder(plan.dataset_name)
-        page = folder / f"{plan.plans_name}.html"
-        write_plan_page(page, plan, read_json(folder / "dataset_fingerprint.json"))
         print(f"{plan.dataset_name}, plans {plan.plans_name}:")
         if options.explain:
             print(*plan.decisions, sep="\n", end="\n\n")
-        print(*table(plan), sep="\n")
+        print(*table(plan), sep="\n", flush=True)
+        from nnssl_ext.evaluation.plan_page import write_plan_page  # after the first answer: it draws, which takes a second to import
+
+        folder = preprocessed_folder(plan.dataset_name)
+        page = folder / f"{plan.plans_name}.html"
+        write_plan_page(page, plan, read_json(folder / "dataset_fingerprint.json"))
         print(f"page: {page}" + ("" if options.explain else "; --explain gives the reasons"))
     return 0
 
