@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.augment import Step, apply
 from nnssl_ext.data.views import View, ViewSpec
@@ -56,6 +60,8 @@ class StepDataset(Dataset[Batch]):
     a seeded permutation of all cases per pass, its views from ``sample_rng(seed, n)``; so one rank with batch 4 and two
     ranks with batch 2 see the same samples.
 
+    A case is compared with its recorded hash when it is drawn for the first time, by whichever process.
+
     Args:
         cases: indices into the store that may be drawn.
         stream: name of the random stream; "train" or "val".
@@ -79,6 +85,7 @@ class StepDataset(Dataset[Batch]):
         self.store, self.spec, self.cases = store, spec, tuple(cases)
         self.seed, self.batch_size, self.rank, self.ranks, self.stream = seed, batch_size, rank, ranks, stream
         self._order = lru_cache(maxsize=2)(self._permutation)
+        self._sound = torch.zeros(len(store), dtype=torch.bool).share_memory_()  # known to all loader processes
 
     def _permutation(self, number: int) -> np.ndarray:
         return sample_rng(self.seed, number, f"{self.stream} order").permutation(len(self.cases))
@@ -99,8 +106,32 @@ class StepDataset(Dataset[Batch]):
         first = (step * self.ranks + self.rank) * self.batch_size
         numbers = range(first, first + self.batch_size)
         cases = tuple(self.case(n) for n in numbers)
+        for case in cases:
+            self._check(case)
         samples = [self.spec.sample(self.store, case, sample_rng(self.seed, n, self.stream)) for case, n in zip(cases, numbers)]
         return {name: _collate([sample[name] for sample in samples], cases, self.on_device) for name in samples[0]}
+
+    def _check(self, case: int) -> None:
+        if self._sound[case]:
+            return
+        try:
+            self.store.verify(case)
+        except OSError as error:
+            raise UserError(f"a stored case can't be read: {error.strerror or error}", error.filename or "", "check the disk, then go on with --c") from error
+        self._sound[case] = True
+
+
+class _Reported(Dataset["Batch | UserError"]):
+    """A dataset whose mistakes that a user can mend are items: torch would turn an exception of a worker into another one."""
+
+    def __init__(self, dataset: Dataset[Batch]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self.dataset[step]
+        except UserError as error:
+            return error
 
 
 def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> ViewBatch:
@@ -112,10 +143,43 @@ def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> 
     return ViewBatch(torch.stack(images), torch.stack(masks) if masks else None, cases, affine, steps if on_device and any(steps) else ())
 
 
-def batches(dataset: StepDataset, start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
-    """Batches of the steps `start` to `stop` (exclusive), in order, prepared ahead by `workers` processes."""
-    loader = DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None)
-    return iter(loader)
+def batches(dataset: Dataset[Batch], start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+    """Batches of the steps `start` to `stop` (exclusive), in order, prepared ahead by `workers` processes.
+
+    Raises:
+        UserError: a case is damaged, or whatever the dataset says, in a worker or not.
+    """
+    numbers, ahead = range(start, stop), 4 if workers else None
+    for item in DataLoader(_Reported(dataset), batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin, prefetch_factor=ahead):
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) (?:is killed by signal: (?P<signal>.*?)\. |exited unexpectedly)", re.DOTALL)
+_REMEDIES: dict[int, str] = {
+    signal.SIGKILL: "memory was short, it seems: use fewer loader processes (-o workers=N) or ask for more memory, then go on with --c",
+    signal.SIGBUS: "shared memory was short, it seems: enlarge /dev/shm (docker: --shm-size) or use fewer loader processes (-o workers=N), then go on with --c",
+}
+
+
+@contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Around all that happens while `batches` are in use: torch reports a worker that died in the middle of whatever this process does.
+
+    Raises:
+        UserError: a worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        death = _DEATH.match(str(error))
+        if death is None:
+            raise
+        number = next((s for s in signal.Signals if signal.strsignal(s) == death["signal"]), None)
+        how = f" (killed by signal {number.value}, {number.name})" if number else ""
+        fix = _REMEDIES.get(number or 0, "go on with --c; if it dies again, -o workers=0 shows why")
+        raise UserError(f"a loader process died{how}", f"process {death['pid']}", fix) from error
 
 
 def split_subjects(subjects: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[int], list[int]]:
