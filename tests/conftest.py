@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or (1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for the processes that tests start
     os.environ.setdefault(_variable, str(THREADS))
@@ -34,3 +34,13 @@ def folders(tmp_path, monkeypatch):
         made[name].mkdir()
         monkeypatch.setenv(name, str(made[name]))
     return made
+
+
+@pytest.fixture
+def undrawn():
+    """Runs leave out pictures, curves and TensorBoard, which take longer than the training of a tiny network; `undrawn.undo()` brings them back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnssl_sinks", "none")
+        patch.setattr("nnssl_ext.trainers.sinks.draw_progress", lambda *_: None)
+        patch.setattr("nnssl_ext.trainers.base.draw_run", lambda *_: None)
+        yield patch
