@@ -39,9 +39,9 @@ def _main(options: argparse.Namespace) -> int:
 
     probe = None
     if options.probe is not None:
-        from nnssl_ext.evaluation.probe import make_probe
+        from nnssl_ext.evaluation.probe import find_probe
 
-        probe = partial(make_probe, options.probe)
+        probe = partial(find_probe, options.probe)
     chosen = Run(options.dataset, options.configuration, options.tr, options.p, options.b, tuple(options.o), options.device, options.c, options.val)
     return start(chosen, options.num_gpus, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv], probe)
 

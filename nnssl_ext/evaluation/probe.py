@@ -7,7 +7,7 @@ out. Cells of the training cases are a labelled memory, with no more background 
 
 - from their 20 nearest neighbours by cosine similarity s, each with a vote of exp(s / 0.07) (Caron et al. 2021,
   arXiv:2104.14294, appendix F.1, there for whole images), "knn_dice", and
-- from a linear map: ridge regression of one-hot labels on standardised features, the largest output wins, "linear_dice".
+- from a linear classifier: multinomial logistic regression on standardised features, "linear_dice".
 
 The figure is the Dice coefficient over all test cells, averaged over the foreground classes that occur among them. Split, crops
 and cells depend on the dataset and the configuration alone, so that the figures of two runs can be compared.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +45,7 @@ TRAINING, TEST = 16, 8  # cases, at most
 CROPS = 2  # of each case
 CELLS = 8192  # for training, and for the test, at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-RIDGE = 1e-2  # added to the (unit) variance of each standardised feature
+ITERATIONS = 100  # of L-BFGS, at most
 OUTSIDE = -1  # label of voxels that don't count
 
 LabelledCase = tuple[Case, Path]
@@ -78,7 +78,7 @@ class Probe:
             return {"knn_dice": math.nan, "linear_dice": math.nan}
         return {
             "knn_dice": mean_dice(nearest_neighbours(train_nD, train_n, test_mD), test_m),
-            "linear_dice": mean_dice(linear_map(train_nD, train_n, test_mD), test_m),
+            "linear_dice": mean_dice(linear_classifier(train_nD, train_n, test_mD), test_m),
         }
 
     @staticmethod
@@ -94,24 +94,32 @@ class Probe:
         return torch.cat(features), torch.cat(known)
 
 
-def make_probe(dataset: str, plan: Plan, configuration: str) -> Probe:
-    """Choose and prepare the labelled crops; they stay in memory.
+def find_probe(dataset: str, plan: Plan, configuration: str) -> Callable[[], Probe]:
+    """Choose the labelled cases; nothing but the index of the dataset is read yet.
 
     Args:
         dataset: ID or name of a dataset in nnU-Net's raw format, in $nnUNet_raw or $nnssl_raw.
         plan, configuration: of the pretraining; its spacing, normalisation and patch size are used.
 
+    Returns:
+        what prepares the crops, which stay in memory. It raises a `UserError` when a case is unreadable, a label map is on another
+        grid than its image, or nothing is labelled.
+
     Raises:
-        UserError: unknown dataset, unreadable case, no labels, fewer than two labelled subjects, channels or modalities that the plan doesn't know.
+        UserError: unknown dataset, no label maps, fewer than two labelled subjects, channels or modalities that the plan doesn't know.
     """
     config, folder = plan.configuration(configuration), dataset_folder(dataset)
     training, test = split(labelled_cases(folder, plan, config))
     ignore = _ignored(folder)
-    prepared = [[crop for number, case in enumerate(cases) for crop in crops_of(case, config, ignore, number)] for cases in (training, test)]
-    if not all(any((crop.labels > 0).any() for crop in crops) for crops in prepared):
-        raise UserError("the label maps hold no foreground", folder / "labelsTr", "probe with another dataset")
-    print(f"probe: {len(training)} training and {len(test)} test cases of {folder.name}")
-    return Probe(dataset, *prepared)
+
+    def prepare() -> Probe:
+        prepared = [[crop for number, case in enumerate(cases) for crop in crops_of(case, config, ignore, number)] for cases in (training, test)]
+        if not all(any((crop.labels > 0).any() for crop in crops) for crops in prepared):
+            raise UserError("the label maps hold no foreground", folder / "labelsTr", "probe with another dataset")
+        print(f"probe: {len(training)} training and {len(test)} test cases of {folder.name}")
+        return Probe(dataset, *prepared)
+
+    return prepare
 
 
 def dataset_folder(dataset: str) -> Path:
@@ -228,15 +236,28 @@ def nearest_neighbours(train_nD: Tensor, train_n: Tensor, test_mD: Tensor) -> Te
     return torch.cat(labels)
 
 
-def linear_map(train_nD: Tensor, train_n: Tensor, test_mD: Tensor) -> Tensor:
-    """Labels (m,) by ridge regression of one-hot labels on standardised features, in closed form and fp64."""
-    train, targets = train_nD.double(), F.one_hot(train_n).double()
+def linear_classifier(train_nD: Tensor, train_n: Tensor, test_mD: Tensor) -> Tensor:
+    """Labels (m,) by logistic regression: mean cross-entropy + |weights|^2 / (2 n), minimised in fp64 by L-BFGS from zero.
+
+    The penalty is that of scikit-learn's default, C = 1; features are standardised first.
+    """
+    train, test = train_nD.double(), test_mD.double()
     mean, deviation = train.mean(0), train.std(0, correction=0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)  # dead features say nothing
-    train, test = (train - mean) / scale, (test_mD.double() - mean) / scale
-    gram = train.T @ train / len(train) + RIDGE * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
-    weights = torch.linalg.solve(gram, train.T @ (targets - targets.mean(0)) / len(train))
-    return (test @ weights + targets.mean(0)).argmax(1)
+    train, test = (train - mean) / scale, (test - mean) / scale
+    classes = int(train_n.max()) + 1
+    weights, bias = (torch.zeros(*shape, dtype=train.dtype, device=train.device, requires_grad=True) for shape in ((train.shape[1], classes), (classes,)))
+    optimizer = torch.optim.LBFGS((weights, bias), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(train @ weights + bias, train_n) + weights.square().sum() / (2 * len(train))
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return (test @ weights + bias).argmax(1)
 
 
 def mean_dice(predicted_m: Tensor, labels_m: Tensor) -> float:

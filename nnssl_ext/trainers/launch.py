@@ -20,7 +20,7 @@ from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.config import folder_suffix, parse_overrides
 from nnssl_ext.trainers.signals import Stopped
 
-ProbeMaker = Callable[[Plan, str], Callable[[Backbone, torch.device], dict[str, float]]]  # from plan and configuration, see `SSLTrainer.probe`
+ProbeMaker = Callable[[Plan, str], Callable[[], Callable[[Backbone, torch.device], dict[str, float]]]]  # from plan and configuration: what prepares it
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ def make_trainer(run: Run) -> SSLTrainer:
 def start(run: Run, processes: int, command: Sequence[str], probe: ProbeMaker | None = None) -> int:
     """Train (or validate) in this process, or run `command` in several that form one group.
 
+    Args:
+        run: what to train.
+        processes: in the group.
+        command: this very program.
+        probe: checks at once that it can be made; see `SSLTrainer.probe`.
+
     Returns:
         the exit code.
     """
@@ -82,7 +88,10 @@ def start(run: Run, processes: int, command: Sequence[str], probe: ProbeMaker | 
         distributed.end_with_launcher()
         with distributed.group(device_of(run)):
             return _work(run, probe)
-    if make_trainer(run).device.type == "cuda" and processes > torch.cuda.device_count():  # every mistake shows before processes are started
+    trainer = make_trainer(run)  # every mistake shows before processes are started
+    if probe is not None:
+        probe(trainer.plan, trainer.configuration)
+    if trainer.device.type == "cuda" and processes > torch.cuda.device_count():
         raise UserError(f"{processes} cards wanted, {torch.cuda.device_count()} found", "option -num_gpus")
     return distributed.launch(command, processes)
 
@@ -97,7 +106,7 @@ def _work(run: Run, probe: ProbeMaker | None = None) -> int:
         print("  ".join(f"{name} {value:.6f}" for name, value in trainer.validate().items()) or "no validation cases (fewer than three subjects)")
         return 0
     if probe is not None and trainer.rank == 0:
-        trainer.probe = probe(trainer.plan, trainer.configuration)
+        trainer.probe = probe(trainer.plan, trainer.configuration)()
     try:
         trainer.fit(resume=run.resume)
     except Stopped as stopped:

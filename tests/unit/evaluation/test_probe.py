@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import optimize, special
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.evaluation import probe
 from nnssl_ext.evaluation.probe import (
     OUTSIDE,
-    RIDGE,
     TEMPERATURE,
     LabelledCrop,
     Probe,
     cell_labels,
     choose,
-    linear_map,
-    make_probe,
+    find_probe,
+    linear_classifier,
     mean_dice,
     nearest_neighbours,
     split,
@@ -36,6 +36,10 @@ from tests.make_raw import labelled_dataset, write_image
 
 PLAN, CPU = tiny_plan(), torch.device("cpu")
 CLASSES = 5
+
+
+def prepared(dataset="901", plan=PLAN):
+    return find_probe(dataset, plan, "3d_fullres")()
 
 
 class Known(Backbone):
@@ -93,16 +97,25 @@ def test_the_vote_of_the_nearest_neighbours_equals_a_plain_loop():
     assert found.tolist() == expected and len(set(expected)) == 4
 
 
-def test_the_linear_map_is_the_least_squares_solution():
+def test_the_linear_classifier_minimises_the_penalised_cross_entropy():
     rng = np.random.default_rng(0)
-    train, labels, test = rng.normal(3, 2, (60, 5)), rng.integers(0, 3, 60), rng.normal(3, 2, (30, 5))
+    train, test = rng.normal(3, 2, (60, 5)), rng.normal(3, 2, (200, 5))
+    labels = (train[:, :3] + rng.normal(0, 2, (60, 3))).argmax(1)
     train[:, 4] = test[:, 4] = 7.0  # a dead feature
     mean, deviation = train[:, :4].mean(0), train[:, :4].std(0)
-    targets = np.eye(3)[labels]
-    design = np.vstack([(train[:, :4] - mean) / deviation, np.sqrt(60 * RIDGE) * np.eye(4)])  # the penalty as further rows
-    weights = np.linalg.lstsq(design, np.vstack([targets - targets.mean(0), np.zeros((4, 3))]))[0]
-    expected = ((test[:, :4] - mean) / deviation @ weights + targets.mean(0)).argmax(1)
-    assert linear_map(*(torch.from_numpy(values) for values in (train, labels, test))).tolist() == expected.tolist()
+    x, targets = (train[:, :4] - mean) / deviation, np.eye(3)[labels]
+
+    def objective(flat):
+        weights, bias = flat[:12].reshape(4, 3), flat[12:]
+        outputs = x @ weights + bias
+        return (special.logsumexp(outputs, 1) - (outputs * targets).sum(1)).mean() + (weights**2).sum() / 120
+
+    best = optimize.minimize(objective, np.zeros(15), method="BFGS", options={"gtol": 1e-8}).x
+    outputs = (test[:, :4] - mean) / deviation @ best[:12].reshape(4, 3) + best[12:]
+    first, second = np.sort(outputs, 1)[:, :-3:-1].T
+    sure = first - second > 1e-3
+    found = linear_classifier(*(torch.from_numpy(values) for values in (train, labels, test))).numpy()
+    assert sure.mean() > 0.95 and (found == outputs.argmax(1))[sure].all() and len(set(found)) == 3
 
 
 def test_dice_is_the_mean_over_the_foreground_classes_that_occur():
@@ -143,7 +156,7 @@ def test_subjects_are_on_one_side_and_the_split_is_always_the_same():
 def test_the_probe_sees_cases_as_the_pretraining_does(folders):
     """Labels are a threshold of the intensities, so that each crop tells whether its label map lies where it belongs."""
     folder = labelled_dataset(folders["nnssl_raw"], cases=3, spacing=(3.0, 3.0, 3.0), shape=(12, 24, 28))
-    made = make_probe("901", PLAN, "3d_fullres")
+    made = prepared()
     assert (len(made.training), len(made.test)) == (2 * probe.CROPS, probe.CROPS) and folder.name == "Dataset901_Labelled"
     plan = PLAN.configuration("3d_fullres").normalization["CT"]
     for crop in (*made.training, *made.test):
@@ -156,7 +169,7 @@ def test_the_probe_sees_cases_as_the_pretraining_does(folders):
 def test_images_and_labels_are_resampled_alike(folders):
     labelled_dataset(folders["nnssl_raw"], cases=2, spacing=(3.0, 2.0, 2.0), shape=(20, 40, 44))
     plan = PLAN.configuration("3d_fullres").normalization["CT"]
-    for crop in make_probe("901", PLAN, "3d_fullres").training:
+    for crop in prepared().training:
         assert ((crop.image[0] * plan.std + plan.mean > -460) == (crop.labels > 0)).mean() > 0.97
 
 
@@ -164,14 +177,14 @@ def test_ignored_voxels_do_not_count(folders):
     folder = labelled_dataset(folders["nnssl_raw"], cases=2)
     description = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps({**description, "labels": {"background": 0, "body": 1, "ignore": 2}}))
-    crops = make_probe("901", PLAN, "3d_fullres").training
+    crops = prepared().training
     assert {1, OUTSIDE} <= {int(value) for crop in crops for value in np.unique(crop.labels)} <= {0, 1, OUTSIDE}
 
 
 def test_the_labelled_dataset_may_lie_in_nnunet_raw(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nnUNet_raw"))
     labelled_dataset(tmp_path / "nnUNet_raw", cases=2)
-    assert make_probe("Dataset901_Labelled", PLAN, "3d_fullres").dataset == "Dataset901_Labelled"
+    assert prepared("Dataset901_Labelled").dataset == "Dataset901_Labelled"
 
 
 def without_labels(folder):
@@ -212,16 +225,16 @@ def of_another_modality(folder):
 def test_a_dataset_that_cannot_be_probed_with_is_refused_at_once(spoil, message, folders):
     spoil(labelled_dataset(folders["nnssl_raw"], cases=3))
     with pytest.raises(UserError, match=message) as error:
-        make_probe("901", PLAN, "3d_fullres")
+        prepared()
     assert len(str(error.value).splitlines()) == 3
 
 
 def test_other_channels_and_unknown_datasets_are_refused(folders):
     labelled_dataset(folders["nnssl_raw"], cases=2)
     with pytest.raises(UserError, match=r"1 channel\(s\) \(CT\), the pretraining has 2"):
-        make_probe("901", tiny_plan(channels=2), "3d_fullres")
+        prepared(plan=tiny_plan(channels=2))
     with pytest.raises(UserError, match="unknown dataset ID 902"):
-        make_probe("902", PLAN, "3d_fullres")
+        prepared("902")
 
 
 @pytest.mark.parametrize("family", ["resenc", "primus"])
@@ -230,8 +243,8 @@ def test_the_same_backbone_has_the_same_figures_and_no_random_number_is_drawn(fa
     torch.manual_seed(0)
     backbone = build_backbone(PLAN.configuration("3d_fullres"), family, 1).eval()
     before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first = make_probe("901", PLAN, "3d_fullres")(backbone, CPU)
-    assert first == make_probe("901", PLAN, "3d_fullres")(backbone, CPU)
+    first = prepared()(backbone, CPU)
+    assert first == prepared()(backbone, CPU)
     assert torch.equal(before, torch.get_rng_state()) and (legacy == np.random.get_state()[1]).all()  # noqa: NPY002
     assert all(0 < value <= 1 for value in first.values())
 
@@ -256,7 +269,7 @@ def fitted(folder, made=None, **changes):
 
 def test_a_run_is_the_same_bit_for_bit_with_and_without_a_probe(folders, tmp_path, files_alone):
     labelled_dataset(folders["nnssl_raw"], cases=2)
-    made = make_probe("901", PLAN, "3d_fullres")
+    made = prepared()
 
     def careless(backbone, device):
         assert not backbone.training

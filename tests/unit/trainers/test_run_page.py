@@ -32,6 +32,7 @@ def test_the_page_shows_progress_curves_pictures_and_settings_and_loads_nothing(
     for epoch in (1, 5):
         Image.fromarray(np.full((4, 4), epoch, np.uint8)).save(tmp_path / "pictures" / f"epoch_{epoch:04d}.png")
     records = [record(epoch, **{"train/voxels": 1.0, "health/rankme": 100.0}) for epoch in range(5)]
+    records[0]["probe/knn_dice"], records[3]["probe/knn_dice"] = 0.25, 0.4375
     RunPage(tmp_path, SETTINGS, records, 25).write()
     page = page_of(tmp_path)
     for text in (
@@ -44,9 +45,10 @@ def test_the_page_shows_progress_curves_pictures_and_settings_and_loads_nothing(
         "dddddddddddddddd",
         "torch 2.4",
         "rankme",
+        "knn_dice&nbsp;<b>0.4375",
     ):
         assert text in page, text
-    assert page.count("<svg") == 6  # loss, its parts, one health metric, learning rate, throughput, waiting
+    assert page.count("<svg") == 7  # loss, probe, parts of the loss, one health metric, learning rate, throughput, waiting
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
@@ -95,5 +97,5 @@ def test_a_run_is_described_so_that_its_command_line_gives_the_same_run(tmp_path
 def test_defaults_stay_out_of_the_command_line():
     run = {**SETTINGS, "overrides": {}, "device": "cuda"}
     assert command(run, "resenc") == "nnssl_train 801 3d_fullres -tr MAETrainer"
-    run |= {"plans": "my plans", "processes": 4, "overrides": {"betas": [0.9, 0.98]}}
-    assert command(run, "primus") == "nnssl_train 801 3d_fullres -tr MAETrainer -p 'my plans' -b resenc -num_gpus 4 -o betas=0.9,0.98"
+    run |= {"plans": "my plans", "processes": 4, "overrides": {"betas": [0.9, 0.98]}, "probe": "901"}
+    assert command(run, "primus") == "nnssl_train 801 3d_fullres -tr MAETrainer -p 'my plans' -b resenc -num_gpus 4 -probe 901 -o betas=0.9,0.98"
