@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 GRACE_S = 20.0  # for the other processes when one has failed
 
@@ -46,6 +48,11 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
     found = torch.tensor(values, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [float(value) for value in found]
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's share of a sharded tensor, with the same memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnssl_ext.nn.distributed import local
+
 
 class MomentumTeacher(nn.Module):
     """A copy of a module, heads included, that is never trained: it starts as the student and then follows it slowly.
@@ -55,7 +57,7 @@ class MomentumTeacher(nn.Module):
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*(parameter.detach() for parameter in module.parameters()), *module.buffers()]
+    return [*(local(parameter.detach()) for parameter in module.parameters()), *module.buffers()]
 
 
 def cosine_momentum(step: int, total: int, start: float = 0.992, end: float = 0.9995) -> float:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock
@@ -22,7 +21,7 @@ from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.data.loader import Batch, StepDataset, batches, deaths_explained, split_subjects
 from nnssl_ext.data.views import ViewSpec
-from nnssl_ext.nn import distributed
+from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
@@ -77,10 +76,13 @@ class SSLTrainer:
         max_skips: int = 20  # optimiser steps in a row that may be skipped because something is not finite
         seed: int = 0
         workers: int | None = field(default=None, metadata=SPEED_ONLY)  # loader processes; None = 1 on the CPU, up to 8 beside a GPU
+        recompute: bool = field(default=False, metadata=SPEED_ONLY)  # activations in the backward pass: less memory, slower
+        compile: bool = field(default=False, metadata=SPEED_ONLY)  # blocks and stages with torch.compile
+        sharding: str = field(default="ddp", metadata=SPEED_ONLY)  # of several processes: "ddp": a copy of the model each; "fsdp": a share each
 
     default_family: ClassVar[str] = "resenc"
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"pyramid"}),)  # the backbone must support one of these sets
-    trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is worth transferring
+    trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is trained and transferred
     citation: ClassVar[str] = ""
     probe: Callable[[Backbone, torch.device], dict[str, float]] | None = None  # quality of frozen features, named figures
     config: Any  # the method's own Config
@@ -135,10 +137,10 @@ class SSLTrainer:
         self.train_cases, self.val_cases = split_subjects(subjects, self.config.seed)
         torch.manual_seed(torch_seed(self.config.seed, 0, "init"))
         self.backbone = build_backbone(self.config_plan, self.family, self.plan.channels)
+        self.backbone.train_decoder(self.trains_decoder)
         self.model = self.build(self.backbone).to(self.device)
-        self.parallel: nn.Module = self.model
-        if self.ranks > 1:
-            self.parallel = DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        parallel.speed_up(self.model, self.device, compiled=self.config.compile, recomputed=self.config.recompute)
+        self.parallel = parallel.spread(self.model, self.config.sharding, self.device)
         self.optimizer = make_optimizer(self.param_groups(self.model), self.recipe)
         self.signals = StopSignals()
         self.update = Updater(
@@ -154,12 +156,12 @@ class SSLTrainer:
         warm = max(round(self.recipe.warmup * self.total_steps), self.config.iterations)
         self.health = HealthMonitor(self.backbone, self.config.iterations, armed=warm, active=self.rank == 0)
         self.guard = NonFiniteGuard(self.folder if self.rank == 0 else None, self.config.max_skips)
+        self.val_data = self._dataset(self.val_cases, "val")
         self.next_step = 0
         self.sums: dict[str, float] = {}
 
     def fit(self, resume: bool = False, stop_at: int | None = None) -> None:
         """Train to the end, or up to (not including) step `stop_at`; checkpoint_latest then continues exactly there.
-        self.val_data = self._dataset(self.val_cases, "val")
 
         Args:
             resume: continue from checkpoint_latest.
@@ -185,12 +187,12 @@ class SSLTrainer:
         start, iterations, accumulate = self.next_step, self.config.iterations, self.config.accumulate
         log = stack.enter_context(RunLog(self.folder, describe(self), start, quiet=self.rank > 0))
         stack.enter_context(self.signals)
+        stack.enter_context(deaths_explained())
         loader = batches(self._dataset(self.train_cases, "train"), start * accumulate, stop * accumulate, self.workers, pin=self.device.type == "cuda")
         began, self.waited = time.monotonic(), 0.0
         for step in range(start, stop):
             with self.health.watch(step):
                 outcome = self._update(step, loader)
-        stack.enter_context(deaths_explained())
             self.health.seen(step, outcome.values["total"], outcome.norm, outcome.applied, self.batch)
             self.guard.seen(step, outcome, self.state, log.say)
             self.next_step = step + 1
@@ -238,11 +240,13 @@ class SSLTrainer:
         figures, alarms = self.health.epoch(self.next_step, timing["data_wait_share"])
         for text in alarms:
             log.alarm(text)
-        record |= figures | self._probed(epoch)
-        log.epoch(record | {name: round(value, 4) for name, value in timing.items()})
-        log.draw(epoch, lambda path: draw_run(self, self.batch, path))
+        with parallel.together(self.model):
+            record |= figures | self._probed(epoch)
+            log.epoch(record | {name: round(value, 4) for name, value in timing.items()})
+            log.draw(epoch, lambda path: draw_run(self, self.batch, path))
         score = val.get("total", train["total"])
-        if score < self.best and not self.health.collapsed:
+        collapsed = distributed.largest([float(self.health.collapsed)], self.device)[0]  # only rank 0 knows
+        if score < self.best and not collapsed:
             self.best = score
             self.save("best")
         self.save("latest")
@@ -271,10 +275,12 @@ class SSLTrainer:
         return {name: distributed.mean(value / count, self.device) for name, value in sums.items()}
 
     def save(self, name: str) -> None:
-        """Write checkpoint_NAME.pth (rank 0 only)."""
+        """Write checkpoint_NAME.pth (on rank 0; the others only help to put a sharded model together)."""
+        if self.rank and not parallel.is_sharded(self.model):
+            return
+        content, previous = self.state(), self.folder / "checkpoint_previous.pth" if name == "latest" else None
         if self.rank == 0:
-            previous = self.folder / "checkpoint_previous.pth" if name == "latest" else None
-            save_checkpoint(self.folder / f"checkpoint_{name}.pth", self.state(), previous)
+            save_checkpoint(self.folder / f"checkpoint_{name}.pth", content, previous)
 
     def state(self) -> dict[str, Any]:
         """Content of a checkpoint; plain types and tensors, no patient metadata."""

@@ -44,10 +44,12 @@ class NonFiniteGuard:
         loss = outcome.values["total"]
         what = f"loss ({loss:g}) or gradient norm ({outcome.norm:g}) is not finite at step {step}"
         captured = ""
-        if self.folder is not None and self.total <= CAPTURES:
-            file = self.folder / f"nonfinite_step_{step:07d}.pth"
-            save_checkpoint(file, state())
-            captured = f"; the state before it is in {file}"
+        if self.total <= CAPTURES:
+            content = state()  # on all ranks: they put a sharded model together
+            if self.folder is not None:
+                file = self.folder / f"nonfinite_step_{step:07d}.pth"
+                save_checkpoint(file, content)
+                captured = f"; the state before it is in {file}"
         say(f"step skipped: {what}{captured}")
         if self.in_a_row >= self.limit:
             fix = "lower the learning rate (-o lr=...), or continue an earlier checkpoint with --c"

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn import health
 from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.distributed import local
 
 STEPS = 128  # of an epoch are sampled
 VECTORS = 1024  # of a window, at most, and as many patch vectors
@@ -23,6 +24,9 @@ MATRICES = 16  # weights whose update is measured
 
 COLLAPSE = "the features have collapsed: images can hardly be told apart any more"
 REMEDY = "lower the learning rate, lengthen the warm-up, and check what keeps the method from collapsing (predictor, centring, temperature, batch size)"
+KEPT = "checkpoint_best is not overwritten while this lasts"
+SPREAD, RANK, INFORMATION = 0.1, 0.05, 0.1  # std*sqrt(D), RankMe over min(n, D), nat: below them vectors count as collapsed
+FALL = 0.5  # features that no method declares must also have lost this share of the run's own largest spread
 
 
 class HealthMonitor:
@@ -31,14 +35,18 @@ class HealthMonitor:
     On a sampled step, and on no other, the backbone's `tokens` and `pyramid` are replaced by versions that also hand over a
     few detached vectors of the step's first call: no extra forward, no double counting under activation checkpointing or
     accumulation, nothing left on the backbone between steps, no wait for the GPU before the epoch ends. A method adds what
-    else it computes with `add` and `add_logits`. Vectors are collected until there are enough for a check, if need be over
-    several short epochs, and dropped after it.
+    else it computes with `add` and `add_logits`, and single numbers with `note`. Vectors are collected until there are
+    enough for a check, if need be over several short epochs, and dropped after it.
 
     Args:
         backbone: the trained one (of a teacher and a student: the student's).
         iterations: optimiser steps of an epoch.
         armed: optimiser step from which checks count for an alarm: the end of the warm-up.
         active: False on ranks other than 0: nothing is collected.
+
+    Attributes:
+        collapsed: whether the last check, armed or not, found the features collapsed. The loss may be at its lowest then: such
+            a checkpoint is not worth keeping as the best.
     """
 
     def __init__(self, backbone: Backbone, iterations: int, armed: int = 0, active: bool = True) -> None:
@@ -48,13 +56,9 @@ class HealthMonitor:
         self.vectors: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Any] = {}
         self.steps: dict[str, list[float]] = {"loss": [], "norm": [], "skipped": []}
-        self.history: dict[str, list[float]] = {"loss": [], "norm": []}
+        self.history: dict[str, list[float]] = {"loss": [], "norm": [], "spread": []}
         self.strikes: dict[str, int] = {}
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether the last checks found the features collapsed: a checkpoint written now is not worth keeping as the best."""
-        return self.strikes.get("collapse", 0) >= IN_A_ROW
+        self.collapsed, self.declared = False, False
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -62,9 +66,9 @@ class HealthMonitor:
         if not self.active or step % self.every:
             yield
             return
-        weights = [p for p in self.backbone.parameters() if p.requires_grad and p.ndim > 1]
+        weights = [local(p.detach()) for p in self.backbone.parameters() if p.requires_grad and p.ndim > 1]
         weights = weights[:: -(-len(weights) // MATRICES)]
-        before = [weight.detach().clone() for weight in weights]
+        before = [weight.clone() for weight in weights]
         self.sampling, self.tapped, self.step = True, False, step
         for name in ("tokens", "pyramid"):
             setattr(self.backbone, name, self._tapping(name))
@@ -75,8 +79,8 @@ class HealthMonitor:
             for name in ("tokens", "pyramid"):
                 delattr(self.backbone, name)
         with torch.no_grad():
-            moved = [(a.detach() - b).float().norm() / b.float().norm().clamp_min(1e-12) for a, b in zip(weights, before)]
-            self._count("update_ratio", torch.stack(moved).mean())
+            moved, size = torch._foreach_norm(torch._foreach_sub(weights, before)), torch._foreach_norm(before)
+            self._count("update_ratio", (torch.stack(moved) / torch.stack(size).clamp_min(1e-12)).float().mean())
 
     def seen(self, step: int, loss: float, norm: float, applied: bool, batch: Batch) -> None:
         """After every optimiser step.
@@ -102,7 +106,18 @@ class HealthMonitor:
     def add(self, name: str, vectors: Tensor) -> None:
         """Vectors (n, D) that the method computes, such as a projection; does nothing except on sampled steps."""
         if self.sampling:
-            self.vectors.setdefault(name, []).append(vectors.detach()[: self.per_step].float())
+            self.declared = True
+            self._keep(name, vectors)
+
+    def note(self, name: str, value: float | Tensor | Callable[[], Tensor]) -> None:
+        """A number such as the momentum or the temperature, averaged over the epoch's sampled steps; does nothing on others.
+
+        Args:
+            value: what is costly to compute is given as a function, which is called on sampled steps only.
+        """
+        if self.sampling:
+            value = value() if callable(value) else value
+            self._count(name, value.detach() if isinstance(value, Tensor) else value)
 
     @torch.no_grad()
     def add_logits(self, name: str, student: Tensor, teacher: Tensor | None = None) -> None:
@@ -113,6 +128,7 @@ class HealthMonitor:
         """
         if not self.sampling:
             return
+        self.declared = True
         logits = student.detach() if teacher is None else teacher.detach()
         p = logits.float().softmax(1)
         self._count(f"{name}/H_cond", health.conditional_entropy(logits))
@@ -136,8 +152,9 @@ class HealthMonitor:
         if steps["norm"]:
             figures["gradient_norm"] = median(steps["norm"])
         figures["skipped_steps"] = sum(steps["skipped"])
-        figures["data_wait_share"] = data_wait_share
-        bad = self._judge(figures, steps)
+        bad = self._judge(figures, steps, data_wait_share)
+        if "collapse" in bad:
+            self.collapsed = bad["collapse"] is not None
         alarms = []
         for name, text in bad.items():
             self.strikes[name] = self.strikes.get(name, 0) + (text is not None) if step >= self.armed and text is not None else 0
@@ -147,7 +164,7 @@ class HealthMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continued run needs; tensors and plain types."""
-        return {name: getattr(self, name) for name in ("vectors", "sums", "steps", "history", "strikes")}
+        return {name: getattr(self, name) for name in ("vectors", "sums", "steps", "history", "strikes", "collapsed", "declared")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = next(self.backbone.parameters()).device
@@ -175,8 +192,8 @@ class HealthMonitor:
         count = tokens.shape[1]
         chosen = (torch.arange(min(count, max(2, self.per_step // len(tokens))), device=x.device) * _stride(count) + self.step) % count
         patches = tokens[:, chosen].float()
-        self.add("pooled", tokens.float().mean(1))
-        self.add("patches", patches.flatten(0, 1))
+        self._keep("pooled", tokens.float().mean(1))
+        self._keep("patches", patches.flatten(0, 1))
         within, between = health.patch_variances(patches)
         self._count("patch_variance_within", within)
         if len(tokens) > 1:
@@ -185,9 +202,12 @@ class HealthMonitor:
         if keep is not None or count == math.prod(grid):
             index = keep[: len(tokens), chosen] if keep is not None else chosen.expand(len(tokens), -1)
             place = torch.stack((index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]), -1)
-            self.add("positions", place.flatten(0, 1))
+            self._keep("positions", place.flatten(0, 1))
 
-    def _count(self, name: str, value: Tensor) -> None:
+    def _keep(self, name: str, vectors: Tensor) -> None:
+        self.vectors.setdefault(name, []).append(vectors.detach()[: self.per_step].float())
+
+    def _count(self, name: str, value: Tensor | float) -> None:
         number, total = self.sums.get(name, (0, 0.0))
         self.sums[name] = (number + 1, total + value)
 
@@ -198,12 +218,16 @@ class HealthMonitor:
         positions = ready.pop("positions", None)
         for name, vectors in ready.items():
             x = vectors[-VECTORS:].cpu()
+            finite = x.isfinite().all(1)
+            x = x[finite]
+            if len(x) < FEWEST:
+                continue
             values = health.singular_values(x)
             found[f"{name}/std"], found[f"{name}/cosine"] = health.spread(x).item(), health.mean_cosine(x).item()
             found[f"{name}/rank_me"], found[f"{name}/dimensions"] = health.rank_me(values).item(), health.dimension_share(values).item()
             found[f"{name}/dead"], found[f"{name}/rank_share"] = health.dead_share(x).item(), found[f"{name}/rank_me"] / min(x.shape)
             if name == "patches" and positions is not None:
-                found["position_r2"] = health.position_r2(x, positions[-VECTORS:].cpu()).item()
+                found["position_r2"] = health.position_r2(x, positions[-VECTORS:].cpu()[finite]).item()
         for name in [*ready, "positions"] if "patches" in ready else ready:
             self.vectors.pop(name, None)
         for name, (number, *sums) in list(self.sums.items()):
@@ -221,21 +245,16 @@ class HealthMonitor:
                 del self.sums[name]
         return found
 
-    def _judge(self, figures: dict[str, float], steps: dict[str, list[float]]) -> dict[str, str | None]:
+    def _judge(self, figures: dict[str, float], steps: dict[str, list[float]], wait: float) -> dict[str, str | None]:
         """What is wrong, by kind; None where a kind was checked and is fine, a kind that could not be checked is left out."""
         verdicts: dict[str, str | None] = {}
-        groups = {name.partition("/")[0] for name in figures if name.endswith("/std")}
-        own = groups - {"pooled", "patches"} or groups & {"patches"}  # what a method optimises shows a collapse best
-        signs = [f"{g}: std*sqrt(D) {figures[f'{g}/std']:.2g}, RankMe {figures[f'{g}/rank_me']:.3g}" for g in own if _flat(figures, g)]
-        informed = {name: value for name, value in figures.items() if name.endswith("/MI")}
-        signs += [f"{name} {value:.2g} nat" for name, value in informed.items() if value < 0.1]
-        if own or informed:
-            verdicts["collapse"] = f"{COLLAPSE} ({'; '.join(signs)}); {REMEDY}" if signs else None
+        if (signs := self._signs(figures)) is not None:
+            verdicts["collapse"] = f"{COLLAPSE} ({'; '.join(signs)}); {REMEDY}; {KEPT}" if signs else None
         if "patches/dead" in figures:
             share = figures["patches/dead"]
             text = f"{share:.0%} of the encoder's output channels never change; lower the learning rate or the weight decay, and start anew"
             verdicts["dead units"] = text if share > 0.5 else None
-        if (wait := figures["data_wait_share"]) or steps["skipped"]:
+        if wait or steps["skipped"]:
             text = f"the training waits for data {wait:.0%} of the time; use more loader processes (-o workers=...) or a faster disk"
             verdicts["data wait"] = text if wait > 0.3 else None
         if steps["skipped"]:
@@ -248,16 +267,33 @@ class HealthMonitor:
             exploded = norm > 10 * usual
             verdicts["gradient"] = f"the gradient norm is {norm:.3g}, usual is {usual:.3g}; lower the learning rate or -o clip=..." if exploded else None
             self.history["norm"] = (past if exploded else [*past, norm])[-20:]
-            self.history["loss"] = [*self.history["loss"], sum(steps["loss"]) / len(steps["loss"])][-20:]
-            losses = self.history["loss"]
-            flat = len(losses) >= 10 and min(losses[-10:]) >= losses[0]
-            text = "the loss has not fallen below its first epoch's for ten epochs; raise or lower the learning rate, and look at the pictures of the input"
-            verdicts["loss"] = text if flat else None
+            losses = [*self.history["loss"], sum(steps["loss"]) / len(steps["loss"])]
+            self.history["loss"] = losses = [losses[0], *losses[1:][-10:]]
+            flat = len(losses) == 11 and min(losses[1:]) >= losses[0]
+            text = "the loss has not been below its first epoch's for ten epochs; raise or lower the learning rate, and look at the pictures of the input"
+            if not self.declared:  # the loss of contrastive and distilling methods may rise while they learn
+                verdicts["loss"] = text if flat else None
         return verdicts
 
+    def _signs(self, figures: dict[str, float]) -> list[str] | None:
+        """Signs of a collapse; None where too few vectors were there to tell.
 
-def _flat(figures: dict[str, float], group: str) -> bool:
-    return figures[f"{group}/std"] < 0.1 or figures[f"{group}/rank_share"] < 0.05
+        What a method declares (`add`, `add_logits`) is what it needs to keep apart, and has absolute limits. Where it declares
+        nothing (reconstruction), only patches are looked at, whose rank is low by nature and whose spread depends on the
+        network: they must be flat and have been twice as spread before.
+        """
+        groups = {name.rpartition("/")[0] for name in figures if name.endswith("/std")} - {"pooled", "patches"}
+        informed = {name: value for name, value in figures.items() if name.endswith("/MI")}
+        if groups or informed:
+            flat = [g for g in sorted(groups) if figures[f"{g}/std"] < SPREAD or figures[f"{g}/rank_share"] < RANK]
+        elif "patches/std" in figures and not self.declared:
+            spread = figures["patches/std"]
+            self.history["spread"] = [max([spread, *self.history["spread"]])]
+            flat = ["patches"] if spread < min(SPREAD, (1 - FALL) * self.history["spread"][0]) else []
+        else:
+            return None
+        signs = [f"{g}: std*sqrt(D) {figures[f'{g}/std']:.2g}, RankMe {figures[f'{g}/rank_me']:.3g}" for g in flat]
+        return signs + [f"{name} {value:.2g} nat" for name, value in informed.items() if value < INFORMATION]
 
 
 def _stride(count: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.nn import parallel
 from nnssl_ext.trainers.checkpoint import adaptation_plan, on_cpu
 from nnssl_ext.trainers.config import as_plain, speed_only
 
@@ -19,16 +20,18 @@ VERSIONS = ("nnssl_ext", "torch", "timm", "dynamic_network_architectures")
 def content_of(trainer: SSLTrainer) -> dict[str, Any]:
     """Content of a checkpoint; plain types and tensors, no patient metadata."""
     name = type(trainer).__name__
+    tensors = {"weights": trainer.transferred().network_weights(), "model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    tensors = on_cpu(parallel.whole(tensors))
     return {
         "trainer_name": name,
         "family": trainer.family,
         "configuration": trainer.configuration,
         "transfer": "encoder+decoder" if trainer.trains_decoder and "decoder" in trainer.backbone.supports else "encoder",
-        "network_weights": on_cpu(trainer.transferred().network_weights()),
+        "network_weights": tensors["weights"],
         "nnssl_adaptation_plan": adaptation_plan(trainer.backbone, trainer.config_plan, trainer.configuration).as_dict(),
         "citations": [{"type": "Pretraining method", "name": name, "apa_citations": [trainer.citation]}] if trainer.citation else [],
-        "ssl_state": on_cpu(trainer.model.state_dict()),
-        "optimizer_state": on_cpu(trainer.optimizer.state_dict()),
+        "ssl_state": tensors["model"],
+        "optimizer_state": tensors["optimizer"],
         "scaler_state": trainer.update.scaler.state_dict(),
         "guard_state": trainer.guard.state(),
         "health_state": on_cpu(trainer.health.state_dict()),
@@ -55,8 +58,7 @@ def restore(trainer: SSLTrainer, content: dict[str, Any], path: Path) -> None:
         raise UserError(f"the checkpoint is of another run (differs in: {differs})", path, "repeat the options of that run")
     if content["data_hash"] != trainer.store.data_hash() and trainer.rank == 0:
         print("warning: the preprocessed data changed since this checkpoint; the run will differ from an uninterrupted one")
-    trainer.model.load_state_dict(content["ssl_state"])
-    trainer.optimizer.load_state_dict(content["optimizer_state"])
+    parallel.load(trainer.model, trainer.optimizer, content["ssl_state"], content["optimizer_state"])
     trainer.update.scaler.load_state_dict(content["scaler_state"])
     trainer.guard.load(content["guard_state"])
     trainer.health.load_state_dict(content["health_state"])

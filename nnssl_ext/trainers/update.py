@@ -93,7 +93,8 @@ class Updater:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulate
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip))
+        total: Any = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # of all shards
         finite = math.isfinite(sums["total"]) and math.isfinite(norm)
         broken, signal = distributed.largest([float(not finite), float(self.received())], self.device)
         if not broken:

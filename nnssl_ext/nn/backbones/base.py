@@ -56,6 +56,9 @@ class Backbone(nn.Module):
         """Token features (B, N, C); with `keep` (B, K) only those tokens are read and encoded, (B, K, C)."""
         raise self._cannot("token_drop")
 
+    def train_decoder(self, on: bool) -> None:
+        """Whether the decoder is trained; a trainable one that a method never calls would make processes wait for its gradients."""
+
     def pooled(self, x: Tensor) -> Tensor:
         """Global average of the deepest map, (B, widths[-1])."""
         return self.pyramid(x)[-1].flatten(2).mean(2)

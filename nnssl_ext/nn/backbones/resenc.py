@@ -41,5 +41,9 @@ class ResEncBackbone(Backbone):
             features = stage(torch.cat((upsample(features), skip), 1))
         return features
 
+    def train_decoder(self, on: bool) -> None:
+        for part in (self.net.decoder.transpconvs, self.net.decoder.stages):  # the decoder also holds the encoder
+            part.requires_grad_(on)
+
     def adaptation(self) -> EncoderKeys:
         return EncoderKeys("encoder.stages", "encoder.stem", ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"))
