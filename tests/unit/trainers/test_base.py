@@ -14,15 +14,16 @@ from nnssl_ext.nn import distributed
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
-from tests.make_data import ArrayStore, make_plan
+from tests.make_data import tiny_plan, tiny_store
 
 ROOT = Path(__file__).parents[3]
-PLAN = make_plan()
+pytestmark = pytest.mark.usefixtures("undrawn")
+PLAN = tiny_plan()
 SHORT = MAETrainer.Config(epochs=3, iterations=4, batch_size=1, workers=0)
 
 
 def trainer(folder, family="primus", config=SHORT, **options) -> MAETrainer:
-    return MAETrainer(PLAN, "3d_fullres", config, options.pop("store", ArrayStore()), folder, family=family, **options)
+    return MAETrainer(PLAN, "3d_fullres", config, options.pop("store", tiny_store()), folder, family=family, **options)
 
 
 @pytest.mark.parametrize("family", ["resenc", "primus"])
@@ -42,7 +43,8 @@ def test_resuming_at_a_step_equals_the_uninterrupted_run_bit_for_bit(family, ste
     assert whole["best"] == parts["best"]
 
 
-def test_a_run_leaves_checkpoints_curves_pictures_and_its_settings(tmp_path):
+def test_a_run_leaves_checkpoints_curves_pictures_and_its_settings(tmp_path, undrawn):
+    undrawn.undo()
     trainer(tmp_path).fit()
     assert {p.name for p in tmp_path.iterdir()} == {
         "checkpoint_best.pth",
@@ -85,7 +87,7 @@ def test_validation_repeats_exactly(tmp_path):
 
 
 def test_fewer_than_three_subjects_train_without_validation(tmp_path):
-    run = trainer(tmp_path, store=ArrayStore(cases=2), config=dataclasses.replace(SHORT, epochs=1))
+    run = trainer(tmp_path, store=tiny_store(cases=2), config=dataclasses.replace(SHORT, epochs=1))
     run.fit()
     assert "val/total" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (tmp_path / "checkpoint_best.pth").exists()

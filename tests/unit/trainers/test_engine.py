@@ -12,9 +12,10 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.trainers.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
 from nnssl_ext.trainers.signals import Stopped
-from tests.make_data import ArrayStore, make_plan
+from tests.make_data import tiny_plan, tiny_store
 
-PLAN = make_plan()
+pytestmark = pytest.mark.usefixtures("undrawn")
+PLAN = tiny_plan()
 SHORT = MAETrainer.Config(epochs=2, iterations=4, batch_size=1, workers=0)
 
 
@@ -30,7 +31,7 @@ class Tampered(MAETrainer):
 
 
 def trainer(folder, config=SHORT, before=lambda trainer: None, family="primus"):
-    made = Tampered(PLAN, "3d_fullres", config, ArrayStore(), folder, family=family)
+    made = Tampered(PLAN, "3d_fullres", config, tiny_store(), folder, family=family)
     made.before = before
     return made
 
@@ -63,15 +64,18 @@ def test_a_stop_signal_ends_after_its_step_and_the_run_continues_exactly(number,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_that_is_not_finite_is_skipped_and_captured(value, precision, tmp_path):
+    def shrink(running):
+        running.factor = 0.1  # no overflow at fp16's first loss scale
+
     def spoil(running):
-        running.factor = value if running.next_step == 2 else 1.0
+        running.factor = value if running.next_step == 2 else 0.1
 
     run = trainer(tmp_path, dataclasses.replace(SHORT, precision=precision), spoil)
     run.fit()
     assert run.guard.total == 1 and all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
     captured = load_checkpoint(tmp_path / "nonfinite_step_0000002.pth")
     assert captured["step"] == 2
-    clean = trainer(tmp_path / "clean", dataclasses.replace(SHORT, precision=precision))
+    clean = trainer(tmp_path / "clean", dataclasses.replace(SHORT, precision=precision), shrink)
     clean.fit(stop_at=2)
     assert equal(captured["ssl_state"], weights(tmp_path / "clean", "latest"))  # the weights before the step
 
