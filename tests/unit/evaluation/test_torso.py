@@ -61,11 +61,39 @@ def test_an_archive_with_a_name_that_leaves_its_folder_is_refused_whole(tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_links_are_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_links_devices_and_folders_are_refused(tmp_path, kind):
     digest = _tar(tmp_path / "p.tar.gz", (tarfile.TarInfo("p/b"), b"volume"), (_link("p/a", "p/b", kind), b""))
     with pytest.raises(UserError, match="link"):
         torso.extract_members(tmp_path / "p.tar.gz", digest, {"p/a": (tmp_path / "cache" / "a", _sha(b"volume"))})
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_that_is_there_twice_is_refused(tmp_path):
+    target = {"p/a": (tmp_path / "cache" / "a", _sha(b"volume"))}
+    digest = _tar(tmp_path / "p.tar.gz", (tarfile.TarInfo("p/a"), b"evil"), (tarfile.TarInfo("p/a"), b"volume"))
+    with pytest.raises(UserError, match="twice"):
+        torso.extract_members(tmp_path / "p.tar.gz", digest, target)
+    with zipfile.ZipFile(tmp_path / "p.whl", "w") as archive:
+        archive.writestr("p/a", b"evil")
+        archive.writestr("p/a", b"volume")
+    with pytest.raises(UserError, match="twice"):
+        torso.extract_members(tmp_path / "p.whl", _sha((tmp_path / "p.whl").read_bytes()), target)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["p/a", "p/unwanted"])
+def test_an_archive_that_inflates_a_thousandfold_is_refused(tmp_path, name):
+    zeros, target = bytes(8 << 20), {"p/a": (tmp_path / "cache" / "a", "0" * 64)}
+    digest = _tar(tmp_path / "p.tar.gz", (tarfile.TarInfo(name), zeros))
+    assert len(zeros) > 900 * (tmp_path / "p.tar.gz").stat().st_size
+    with pytest.raises(UserError, match="hundreds of times its size"):
+        torso.extract_members(tmp_path / "p.tar.gz", digest, target)
+    with zipfile.ZipFile(tmp_path / "p.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, zeros)
+    with pytest.raises(UserError, match="hundreds of times its size"):
+        torso.extract_members(tmp_path / "p.whl", _sha((tmp_path / "p.whl").read_bytes()), target)
     assert not (tmp_path / "cache").exists()
 
 
