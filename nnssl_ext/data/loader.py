@@ -43,7 +43,9 @@ class ViewBatch:
         """On the device, augmented there as far as the loader hasn't done it."""
         image, mask = self.image.to(device, non_blocking=True), None if self.mask is None else self.mask.to(device, non_blocking=True)
         if self.intensity:
-            image = torch.stack([apply(sample, steps) for sample, steps in zip(image, self.intensity)])
+            image = image.clone() if image is self.image else image
+            for sample, steps in zip(image, self.intensity):
+                apply(sample, steps)
         return replace(self, image=image, mask=mask, intensity=())
 
     def pin_memory(self) -> ViewBatch:
@@ -135,12 +137,13 @@ class _Reported(Dataset["Batch | UserError"]):
 
 
 def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> ViewBatch:
-    images, steps = [torch.from_numpy(view.image) for view in views], tuple(view.intensity for view in views)
+    image, steps = torch.from_numpy(np.stack([view.image for view in views])), tuple(view.intensity for view in views)
     if not on_device:
-        images = [apply(image, drawn) for image, drawn in zip(images, steps)]
+        for sample, drawn in zip(image, steps):
+            apply(sample, drawn)
     masks = [torch.from_numpy(view.mask) for view in views if view.mask is not None]
     affine = torch.from_numpy(np.stack([view.affine for view in views]))
-    return ViewBatch(torch.stack(images), torch.stack(masks) if masks else None, cases, affine, steps if on_device and any(steps) else ())
+    return ViewBatch(image, torch.stack(masks) if masks else None, cases, affine, steps if on_device and any(steps) else ())
 
 
 def batches(dataset: Dataset[Batch], start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:

@@ -72,19 +72,15 @@ def read_crops(store: CaseStore, case: int, affines: Sequence[np.ndarray], sizes
     return crops
 
 
-def _spacing(store: CaseStore, case: int, spatial: Spatial) -> Sequence[float]:
-    """mm of the case, (z, y, x); any for views that are never rotated, because it cancels."""
-    return store.geometry(case).spacing if spatial.p_rotation else (1.0, 1.0, 1.0)
-
-
 def _extent(size: Sequence[int], zoom: np.ndarray) -> list[int]:
     """Voxels of the case between whose centres those of a zoomed crop fit."""
     return [int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom)]
 
 
-def _place(box: Box, size: Sequence[int], zoom: np.ndarray, spacing: Sequence[float], spatial: Spatial, rng: np.random.Generator) -> np.ndarray:
+def _place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, spatial: Spatial, rng: np.random.Generator) -> np.ndarray:
     """The affine of a crop in the middle of a box, turned as `spatial` draws it."""
     rotation, mirrored = spatial.draw_turn(rng)
+    spacing = (1.0, 1.0, 1.0) if np.array_equal(rotation, np.eye(3)) else store.geometry(case).spacing  # it cancels without rotation
     return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
 
 
@@ -108,7 +104,7 @@ class Crop:
         zoom = self.spatial.draw_zoom(rng)
         body = store.body(case) if self.body else None
         box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
-        affine = _place(box, self.patch_size, zoom, _spacing(store, case, self.spatial), self.spatial, rng)
+        affine = _place(store, case, box, self.patch_size, zoom, self.spatial, rng)
         image = read_crops(store, case, [affine], [self.patch_size])[0]
         return {"image": View(image, affine, intensity=self.intensity.draw(len(image), rng))}
 
@@ -145,7 +141,7 @@ class MultiCrop:
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         body = store.body(case) if self.body else None
-        spacing, shape = _spacing(store, case, self.spatial), store.shape(case)
+        shape = store.shape(case)
         edges = [min(n, round(self.box * s)) for n, s in zip(shape, self.global_size)]
         around = random_box(whole(shape), edges, rng, body, self.body)
         plan = {f"global_{i}": (self.global_size, self.global_share) for i in range(2)}
@@ -154,7 +150,7 @@ class MultiCrop:
         for size, share in plan.values():
             zoom = np.full(3, self._zoom(size, share, edges, rng))
             box = random_box(around, _extent(size, zoom), rng, body, self.body)
-            affines.append(_place(box, size, zoom, spacing, self.spatial, rng))
+            affines.append(_place(store, case, box, size, zoom, self.spatial, rng))
         images = read_crops(store, case, affines, [size for size, _ in plan.values()])
         return {name: View(image, affine, intensity=self.intensity.draw(len(image), rng)) for name, image, affine in zip(plan, images, affines)}
 
