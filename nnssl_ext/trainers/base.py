@@ -295,4 +295,5 @@ class SSLTrainer:
         restore(self, content, path)
 
     def _dataset(self, cases: list[int], stream: str) -> StepDataset:
-        return StepDataset(self.store, self.views(), cases, self.config.seed, self.batch_size, rank=self.rank, ranks=self.ranks, stream=stream)
+        seed, batch_size, on_device = self.config.seed, self.batch_size, self.device.type == "cuda"
+        return StepDataset(self.store, self.views(), cases, seed, batch_size, rank=self.rank, ranks=self.ranks, stream=stream, on_device=on_device)
