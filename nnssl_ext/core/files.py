@@ -159,7 +159,7 @@ class FolderLock:
                 continue
             try:
                 with os.fdopen(handle, "w") as file:
-                    json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+                    json.dump({"pid": os.getpid(), "host": socket.gethostname(), **_job()}, file)
             except OSError:
                 self.path.unlink(missing_ok=True)  # a lock without owner would keep everyone out
                 raise
@@ -192,7 +192,7 @@ def _remove_if_stale(lock: Path) -> None:
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 return
             owner = _parsed(file.read())
-            if owner and owner["host"] == socket.gethostname() and not _alive(owner["pid"]):
+            if owner and (_is_earlier(owner) or owner["host"] == socket.gethostname() and not _alive(owner["pid"])):
                 lock.unlink()
                 return
     except FileNotFoundError:
@@ -212,6 +212,18 @@ def _parsed(text: str) -> dict[str, Any] | None:
         return None
     valid = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
     return owner if valid else None
+
+
+def _job() -> dict[str, Any]:
+    """Number of the SLURM job and how often it was put back into the queue; empty outside of SLURM."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return {} if number is None else {"job": [number, int(os.environ.get("SLURM_RESTART_COUNT", 0))]}
+
+
+def _is_earlier(owner: dict[str, Any]) -> bool:
+    """Whether a lock is of this very SLURM job before it was put back into the queue: SLURM has ended all its processes, on whatever host."""
+    here, there = _job().get("job"), owner.get("job")
+    return here is not None and isinstance(there, list) and len(there) == 2 and there[0] == here[0] and there[1] < here[1]
 
 
 def _alive(pid: int) -> bool:

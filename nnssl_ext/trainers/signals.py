@@ -1,4 +1,4 @@
-"""Stopping from outside: SIGTERM (a scheduler's time limit) and SIGUSR1 (preemption) end a run with a checkpoint."""
+"""Stopping from outside: SIGTERM, SIGUSR1 and SIGUSR2 (a scheduler that preempts a job, or whose time limit is near) end a run with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written checkpoint_latest; `exit_code` is 128 + the signal's number (143 or 138)."""
+    """The run was asked to stop and has written checkpoint_latest; `exit_code` is 128 + the signal's number (143, 138 or 140)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; continue with --c")

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -179,6 +180,17 @@ def test_the_lock_of_another_host_is_respected_and_the_fix_names_the_file(tmp_pa
     with pytest.raises(UserError, match="on another-host") as caught, FolderLock(tmp_path):
         pass
     assert str(tmp_path / ".lock") in caught.value.fix
+
+
+def test_a_slurm_job_that_was_requeued_takes_its_own_lock_over_from_another_host_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with FolderLock(tmp_path) as lock:
+        assert json.loads(lock.path.read_text())["job"] == ["123", 1]
+    for job, free in ((["123", 0], True), (["123", 1], False), (["122", 0], False), (None, False), ("123", False)):
+        (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "another-host", "job": job}))
+        with nullcontext() if free else pytest.raises(UserError, match="in use by process 1 on another-host"), FolderLock(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("raw", ["", "{", "[]", "null", '{"pid": "x"}'])
