@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nnssl_ext.cli
-from nnssl_ext.cli.common import _at_least_one
 from nnssl_ext.core.files import write_text
 from nnssl_ext.core.registry import PLUGIN_VARIABLE, all_classes
 from nnssl_ext.trainers.base import SSLTrainer
@@ -22,7 +21,6 @@ from nnssl_ext.trainers.base import SSLTrainer
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python -m documentation.generate`; change the code instead -->"
 COMMON = ("help", "version", "verbose", "print_completion")  # options of every command
-CORES = "the number of cores, at most 8"  # the default of add_processes differs between machines
 
 
 def command_line() -> str:
@@ -67,7 +65,7 @@ def parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
 def _row(action: argparse.Action) -> str:
     name = ", ".join(action.option_strings) or (str(action.metavar) if action.metavar else action.dest)
     value = "" if action.nargs == 0 or not action.option_strings else " " + _value(action)
-    values = {**vars(action), "default": CORES if action.type is _at_least_one else action.default, "prog": ""}
+    values = {**vars(action), "prog": ""}
     text = (action.help or "") % values
     return f"| `{name}{value}` | {text}{' (required)' if action.required and action.option_strings else ''} |".replace(" ` |", "` |")
 

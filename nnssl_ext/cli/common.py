@@ -35,6 +35,9 @@ def parser(program: str, description: str, example: str) -> argparse.ArgumentPar
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake like every other one: what, where, how to mend it; not the whole usage."""
 
+    def _get_option_tuples(self, option_string: str) -> list:
+        return []  # what a shortened option could stand for: `allow_abbrev` forbids only those with two dashes
+
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (-\S+)", message)
         known = [option for action in self._actions for option in action.option_strings]
@@ -90,7 +93,8 @@ def add_configurations(arguments: argparse.ArgumentParser) -> None:
 
 
 def add_workers(arguments: argparse.ArgumentParser) -> None:
-    arguments.add_argument("-np", metavar="N", type=_at_least_one, default=min(8, os.cpu_count() or 1), help="worker processes (default: %(default)s)")
+    cores = min(8, os.cpu_count() or 1)
+    arguments.add_argument("-np", metavar="N", type=at_least_one, default=cores, help="worker processes (default: the number of cores, at most 8)")
     help_dask = "work on a Dask cluster: tcp://HOST:PORT of a running scheduler, local, or slurm (-np jobs)"
     arguments.add_argument("--dask-scheduler", metavar="ADDRESS", help=help_dask)
 
@@ -114,8 +118,8 @@ def add_planning(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-gpu_memory_target", metavar="GB", type=float, help="memory to plan for (default: the card's; 4 without one)")
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+def at_least_one(text: str) -> int:
+    """A whole number of an option, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import SOME_FAILED, add_workers, parser, run, workers
+from nnssl_ext.cli.common import SOME_FAILED, add_workers, at_least_one, parser, run, workers
 
 if TYPE_CHECKING:
     from nnssl_ext.io.case import Case
@@ -30,8 +30,8 @@ def arguments() -> argparse.ArgumentParser:
         help="nnunet: dataset.json alone; pretrain_data: pretrain_data.json too, which splits channels (default: both if there is one channel)",
     )
     add_workers(result)
-    result.add_argument("--crops", metavar="N", type=int, help="cut N random crops instead of converting whole volumes")
-    result.add_argument("-size", metavar=("Z", "Y", "X"), nargs=3, type=int, default=(128, 128, 128), help="voxels of a crop (default: 128 128 128)")
+    result.add_argument("--crops", metavar="N", type=at_least_one, help="cut N random crops instead of converting whole volumes")
+    result.add_argument("-size", metavar=("Z", "Y", "X"), nargs=3, type=at_least_one, default=(128, 128, 128), help="voxels of a crop (default: 128 128 128)")
     result.add_argument("-spacing", metavar=("Z", "Y", "X"), nargs=3, type=float, default=(1.5, 1.5, 1.5), help="mm of a crop's voxels (default: 1.5 1.5 1.5)")
     result.add_argument("-foreground", metavar="F", type=float, default=0.7, help="least share of the body in a crop (default: 0.7)")
     result.add_argument("-seed", metavar="S", type=int, default=0, help="seed of the crops (default: 0)")

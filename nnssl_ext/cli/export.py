@@ -21,9 +21,9 @@ def add_handoff_options(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="nnU-Net configuration to write (default: %(default)s)")
     arguments.add_argument("-out", type=Path, metavar="FOLDER", help="folder of the weights file (default: beside the plan in $nnUNet_preprocessed)")
     arguments.add_argument("-spacing", choices=("like_pretrained", "own"), default="like_pretrained", help="spacing of the plan (default: %(default)s)")
-    arguments.add_argument("-patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="voxels (default: the pretraining's)")
-    arguments.add_argument("-batch_size", type=int, metavar="N", help="default: the pretraining's, at least 2")
-    arguments.add_argument("-np", type=int, default=4, metavar="N", help="worker processes of nnU-Net (default: %(default)s)")
+    arguments.add_argument("-patch_size", nargs=3, type=common.at_least_one, metavar=("Z", "Y", "X"), help="voxels (default: the pretraining's)")
+    arguments.add_argument("-batch_size", type=common.at_least_one, metavar="N", help="default: the pretraining's, at least 2")
+    arguments.add_argument("-np", type=common.at_least_one, default=4, metavar="N", help="worker processes of nnU-Net (default: %(default)s)")
 
 
 def hand_off(options: argparse.Namespace, trainer: str | None) -> Handoff:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from functools import partial
 
-from nnssl_ext.cli.common import parser, run
+from nnssl_ext.cli.common import at_least_one, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
-    result.add_argument("-num_gpus", type=int, default=1, metavar="N", help="processes, one per card (default: 1)")
+    result.add_argument("-num_gpus", type=at_least_one, default=1, metavar="N", help="processes, one per card (default: 1)")
     result.add_argument("-probe", metavar="DATASET", help="labelled dataset (nnU-Net's raw format) on which the frozen features are tested now and then")
     result.add_argument("--c", action="store_true", help="continue from checkpoint_latest")
     result.add_argument("--val", action="store_true", help="only compute the validation losses of checkpoint_best")
