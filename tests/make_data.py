@@ -107,6 +107,10 @@ class ArrayStore:
         array = self.arrays[case]
         return array.copy() if box is None else array[(slice(None), *(slice(low, high) for low, high in box))].copy()
 
+    @property
+    def identifiers(self) -> list[str]:
+        return [f"case{i}" for i in range(len(self))]
+
     def verify(self, case: int) -> None:
         pass
 

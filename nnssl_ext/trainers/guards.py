@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.errors import DiskError, UserError
+from nnssl_ext.nn import distributed
 from nnssl_ext.trainers.checkpoint import save_checkpoint
 from nnssl_ext.trainers.update import Outcome
 
@@ -48,8 +49,11 @@ class NonFiniteGuard:
             content = state()  # on all ranks: they put a sharded model together
             if self.folder is not None:
                 file = self.folder / f"nonfinite_step_{step:07d}.pth"
-                save_checkpoint(file, content)
-                captured = f"; the state before it is in {file}"
+                try:
+                    save_checkpoint(file, content | {"ranks": distributed.ranks(), "losses": outcome.values, "norm": outcome.norm, "loss_scale": outcome.scale})
+                    captured = f"; the state before it is in {file}, --replay {step} finds where that begins"
+                except DiskError as error:  # the run doesn't need it
+                    captured = f"; its state {error.what}"
         say(f"step skipped: {what}{captured}")
         if self.in_a_row >= self.limit:
             fix = "lower the learning rate (-o lr=...), or continue an earlier checkpoint with --c"

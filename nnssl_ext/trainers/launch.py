@@ -18,6 +18,7 @@ from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.config import folder_suffix, parse_overrides
+from nnssl_ext.trainers.replay import replay
 from nnssl_ext.trainers.signals import Stopped
 
 ProbeMaker = Callable[[Plan, str], Callable[[], Callable[[Backbone, torch.device], dict[str, float]]]]  # from plan and configuration: what prepares it
@@ -36,6 +37,7 @@ class Run:
     device: str | None = None
     resume: bool = False
     validate_only: bool = False
+    replay: int | None = None
 
 
 def device_of(run: Run) -> str:
@@ -100,6 +102,8 @@ def _work(run: Run, probe: ProbeMaker | None = None) -> int:
     trainer = make_trainer(run)
     if trainer.rank == 0:
         print(f"results: {trainer.folder}")
+    if run.replay is not None:
+        return 0 if replay(trainer, run.replay) else 1
     if run.validate_only:
         trainer.initialize()
         trainer.load(load_checkpoint(trainer.folder / "checkpoint_best.pth"), trainer.folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.core.errors import UserError
@@ -28,12 +27,14 @@ class Outcome:
         norm: of the gradient before clipping.
         applied: False where the step was skipped because something was not finite (on any rank).
         signal: number of the stop signal that reached any rank, or 0.
+        scale: of the loss, in fp16.
     """
 
     values: dict[str, float]
     norm: float
     applied: bool
     signal: int
+    scale: float = 1.0
 
 
 class Updater:
@@ -66,7 +67,7 @@ class Updater:
         self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
         self.dtype = PRECISIONS["bf16" if device.type == "cuda" else "fp32"] if precision == "auto" else PRECISIONS[precision]
         self.clip, self.accumulate, self.received = clip, accumulate, received
-        self.statistics = [buffer for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+        self.buffers = list(model.buffers())  # running statistics, queues, centres
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self) -> Any:
@@ -74,14 +75,15 @@ class Updater:
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def __call__(self, batches: Iterable[Any], seeds: Iterable[int]) -> Outcome:
-        """One step; weights, optimiser and running statistics stay as they were when something is not finite.
+        """One step; weights, buffers and optimiser stay as they were when something is not finite.
 
         Args:
             batches: the step's micro-batches, on the device.
             seeds: of each one's random numbers (dropout and the like).
         """
         self.optimizer.zero_grad(set_to_none=True)
-        before = [buffer.clone() for buffer in self.statistics]
+        scale = self.scaler.get_scale()
+        before = [buffer.clone() for buffer in self.buffers]
         sums: dict[str, float] = {}
         for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
             torch.manual_seed(seed)
@@ -100,7 +102,7 @@ class Updater:
         if not broken:
             self.scaler.step(self.optimizer)
         else:
-            for buffer, former in zip(self.statistics, before):
+            for buffer, former in zip(self.buffers, before):
                 buffer.copy_(former)
         self.scaler.update()
-        return Outcome(sums, norm, not broken, int(signal))
+        return Outcome(sums, norm, not broken, int(signal), scale)
