@@ -119,8 +119,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def end_with_launcher() -> None:
-    """In a process that `launch` started: end when the launcher is killed, instead of waiting for the others for ever."""
-    launcher = os.environ.get("NNSSL_LAUNCHER")
+    """In a process that `launch` or torchrun started: when that one is gone, stop as on SIGTERM, and end in any case after a while."""
+    launcher = os.environ.get("NNSSL_LAUNCHER") or (os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
     if launcher:
         threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
 
@@ -128,4 +128,6 @@ def end_with_launcher() -> None:
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
     os._exit(1)

@@ -70,8 +70,8 @@ def cosine_momentum(step: int, total: int, start: float = 0.992, end: float = 0.
 
 @torch.no_grad()
 def distance(student: nn.Module, teacher: nn.Module) -> Tensor:
-    """||student - teacher|| / ||student|| over all parameters, a scalar on their device."""
-    mine, theirs = [p.detach() for p in student.parameters()], [p.detach() for p in teacher.parameters()]
+    """||student - teacher|| / ||student|| over all parameters (of a sharded model: this process's share), a scalar on their device."""
+    mine, theirs = [local(p.detach()) for p in student.parameters()], [local(p.detach()) for p in teacher.parameters()]
     norms = torch._foreach_norm(torch._foreach_sub(mine, theirs)), torch._foreach_norm(mine)
     apart, size = (torch.stack([n.float() for n in norm]).norm() for norm in norms)
     return apart / size.clamp_min(torch.finfo(torch.float32).tiny)

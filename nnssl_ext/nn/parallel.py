@@ -5,6 +5,7 @@ All of them treat a model as a sequence of parts (transformer blocks, U-Net stag
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ def spread(model: nn.Module, sharding: str, device: torch.device) -> nn.Module:
         ) from None
     if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
         raise UserError("sharding=fsdp can't divide a parameter without axes", scalars[0], "give it the shape (1,), or leave the option out")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into the output of a part
     mesh = init_device_mesh(device.type, (distributed.ranks(),))
     for module in (*parts(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
