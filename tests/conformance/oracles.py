@@ -1,0 +1,112 @@
+"""Every method's losses once more, with plain loops: what its formula says, one element after the other.
+
+An oracle takes the trainer (in evaluation mode, fp64 or fp32) and a batch and returns the named losses that `step` must return.
+It may call the trainer's model for features and predictions, but none of the package's losses, masks or token orders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.data.loader import Batch, ViewBatch
+from nnssl_ext.trainers.base import Losses, SSLTrainer
+
+Oracle = Callable[[SSLTrainer, Batch], Losses]
+
+
+def hidden_voxels(view: ViewBatch) -> Tensor:
+    """The mask of a view for every voxel, (B, z, y, x) bool; blocks have equal edges but for the last of an axis."""
+    assert view.mask is not None
+    shape, grid = view.image.shape[2:], view.mask.shape[1:]
+    edges = [math.ceil(size / cells) for size, cells in zip(shape, grid)]
+    hidden = torch.zeros(len(view.image), *shape, dtype=torch.bool)
+    for place in product(*map(range, shape)):
+        hidden[(slice(None), *place)] = view.mask[(slice(None), *(p // e for p, e in zip(place, edges)))]
+    return hidden
+
+
+def mae(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Mean over hidden voxels and channels of the squared error of the whole reconstruction."""
+    view = batch["image"]
+    prediction, hidden = trainer.model.reconstruct(view.image, view.mask), hidden_voxels(view)
+    terms = []
+    for sample, z, y, x in hidden.nonzero().tolist():
+        for channel in range(view.image.shape[1]):
+            terms.append((prediction[sample, channel, z, y, x] - view.image[sample, channel, z, y, x]) ** 2)
+    return {"total": _mean(terms)}
+
+
+def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """1 - cosine of the prediction and the teacher's projection."""
+    model, (a, b) = trainer.model, _pair(batch)
+    with torch.no_grad():
+        targets = model.teacher.net(b)
+    return {"total": 1 - _mean([_cosine(p, t) for p, t in zip(model.predictor(model.student(a)), targets)])}
+
+
+def toy_predictor(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """-cosine of the prediction and the other view's projection, which gets no gradient."""
+    model, (a, b) = trainer.model, _pair(batch)
+    return {"total": -_mean([_cosine(p, z) for p, z in zip(model.predictor(model.student(a)), model.student(b).detach())])}
+
+
+def toy_queue(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """-log of the key's share of exp(cosine / 0.2) among key and queue."""
+    model, (a, b) = trainer.model, _pair(batch)
+    with torch.no_grad():
+        keys = model.teacher.net(b)
+    terms = []
+    for query, key in zip(model.student(a), keys):
+        scores = [(_cosine(query, other) / 0.2).exp() for other in (key, *model.queue.to(key.dtype))]
+        terms.append(-(scores[0] / _sum(scores)).log())
+    return {"total": _mean(terms)}
+
+
+def toy_centre(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """-sum over prototypes of softmax((t - c) / 0.04) * log softmax(s / 0.1)."""
+    model, (a, b) = trainer.model, _pair(batch)
+    with torch.no_grad():
+        teachers = model.teacher.net(b)
+    terms = []
+    for student, teacher in zip(model.student(a), teachers):
+        s = [value / 0.1 for value in student]
+        t = [(value - c) / 0.04 for value, c in zip(teacher, model.centre)]
+        highest = max(t)
+        weights = [(value - highest).exp() for value in t]
+        normaliser = _sum([value.exp() for value in s]).log()
+        terms.append(-_sum([w / _sum(weights) * (value - normaliser) for w, value in zip(weights, s)]))
+    return {"total": _mean(terms)}
+
+
+def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch["a"].image, batch["b"].image
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0] * 0
+    for term in terms:
+        total = total + term
+    return total
+
+
+def _mean(terms: Sequence[Tensor]) -> Tensor:
+    return _sum(terms) / len(terms)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    inner, aa, bb = (_sum([x * y for x, y in zip(*pair)]) for pair in ((a, b), (a, a), (b, b)))
+    return inner / (aa * bb).sqrt()
+
+
+ORACLES: dict[str, Oracle] = {
+    "MAETrainer": mae,
+    "ToyEMATrainer": toy_ema,
+    "ToyPredictorTrainer": toy_predictor,
+    "ToyQueueTrainer": toy_queue,
+    "ToyCentreTrainer": toy_centre,
+}

@@ -1,0 +1,104 @@
+"""Every pretraining method with every backbone family that it can train, as runs of seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.registry import PLUGIN_VARIABLE, all_classes
+from nnssl_ext.data.loader import Batch
+from nnssl_ext.nn.backbones.base import families
+from nnssl_ext.trainers.base import Losses, SSLTrainer
+from tests.make_data import tiny_plan, tiny_store
+from tests.toy_trainers import ToyTrainer
+
+STEPS = 20
+OPTIONS: Mapping[str, Mapping[str, Any]] = {}  # hyper-parameters that make a method small, by trainer; such as {"DINOTrainer": {"prototypes": 64}}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method and a backbone family.
+
+    Args:
+        cls: the trainer.
+        family: name of the backbone family.
+    """
+
+    cls: type[SSLTrainer]
+    family: str
+
+    @property
+    def method(self) -> str:
+        return self.cls.__name__
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.family}"
+
+    def supported(self) -> bool:
+        return any(need <= families()[self.family].supports for need in self.cls.needs)
+
+    def trainer(self, folder: Path, *, float64: bool = False, channels: int = 1, store: Any = None, **options: Any) -> SSLTrainer:
+        """A run of STEPS steps in four epochs, on tiny volumes.
+
+        Args:
+            folder: of its results.
+            float64: the whole model and its input in fp64.
+            channels: of every case.
+            store: the cases; None = `tiny_store`.
+            options: hyper-parameters that differ.
+        """
+        small = {"epochs": 4, "iterations": STEPS // 4, "val_iterations": 1, "batch_size": 2, "workers": 0, **OPTIONS.get(self.method, {}), **options}
+        cls = in_float64(self.cls) if float64 else self.cls
+        return cls(tiny_plan(channels), "3d_fullres", cls.Config(**small), store or tiny_store(channels=channels), folder, family=self.family)
+
+
+def registered() -> dict[str, type[SSLTrainer]]:
+    """The package's own methods by name."""
+    with patch.dict(os.environ):
+        os.environ.pop(PLUGIN_VARIABLE, None)
+        return all_classes(SSLTrainer, "nnssl_ext.trainers")
+
+
+METHODS: dict[str, type[SSLTrainer]] = {**registered(), **{cls.__name__: cls for cls in ToyTrainer.__subclasses__()}}
+EVERY = [Pair(cls, family) for cls in METHODS.values() for family in sorted(families())]
+PAIRS = [pair for pair in EVERY if pair.supported()]
+
+
+def in_float64(cls: type[SSLTrainer]) -> type[SSLTrainer]:
+    """The method with its model and its views in fp64, also while weights are drawn: one rounding in fp32 grows a thousandfold within 30 steps.
+
+    Its attribute `trace` holds the total loss of every training batch.
+    """
+
+    class Double(cls):  # type: ignore[misc,valid-type]
+        def initialize(self) -> None:
+            former = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64)
+            try:
+                super().initialize()
+            finally:
+                torch.set_default_dtype(former)
+            self.model.double()
+            self.trace: list[float] = []
+
+        def step(self, model: nn.Module, batch: Batch) -> Losses:
+            losses: Losses = super().step(model, {name: replace(view, image=view.image.double()) for name, view in batch.items()})
+            if model.training:
+                self.trace.append(float(losses["total"].detach()))
+            return losses
+
+    Double.__name__ = Double.__qualname__ = cls.__name__
+    return Double
+
+
+def first_batch(trainer: SSLTrainer, step: int = 0) -> Batch:
+    """The training batch of a step."""
+    return {name: view.to(trainer.device) for name, view in trainer._dataset(trainer.train_cases, "train")[step].items()}
