@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_gather
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.data.views import Crop, View, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
-from nnssl_ext.nn.momentum import MomentumTeacher, cosine_momentum
+from nnssl_ext.nn.momentum import MomentumTeacher, cosine_momentum, distance
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 
 WIDTH = 16
@@ -73,7 +73,10 @@ class ToyTrainer(SSLTrainer):
 
     def after_update(self, step: int) -> None:
         if hasattr(self.model, "teacher"):
-            self.model.teacher.update(self.model.student, cosine_momentum(step, self.total_steps, 0.9, 0.99))
+            momentum = cosine_momentum(step, self.total_steps, 0.9, 0.99)
+            self.model.teacher.update(self.model.student, momentum)
+            self.health.note("momentum", momentum)
+            self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))
 
 
 class ToyEMATrainer(ToyTrainer):

@@ -58,8 +58,8 @@ def curves(series: Mapping[str, Points], x_label: str = "epoch") -> str:
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose low to high."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        spread = abs(low) * 0.1 or 1.0
-        low, high = (low, low + 1) if whole else (low - spread, high + spread)
+        spread = abs(low) * 0.1
+        low, high = (low, low + 1) if whole or not spread else (low - spread, high + spread)
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     step = max(step, 1.0) if whole else step

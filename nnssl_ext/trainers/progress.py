@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+SHOWN = ("/std", "/rank_share", "/MI")  # of the health figures; the page of the run shows all
+
 
 def series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
     """Epochs (counted from 1) and values of a metric, where it was measured and finite."""
@@ -31,7 +33,8 @@ def draw_progress(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure  # here: it takes a second, which the start of a training can do without
     from matplotlib.ticker import MaxNLocator
 
-    extra = {name: found for name in ("probe", "health") if (found := names(records, f"{name}/"))}
+    shown = {"probe": names(records, "probe/"), "health": [key for key in names(records, "health/") if key.endswith(SHOWN)]}
+    extra = {name: keys for name, keys in shown.items() if keys}
     figure = Figure(figsize=(10, 11 + 3 * len(extra)), dpi=90, layout="constrained")
     axes = iter(figure.subplots(3 + len(extra), 1, sharex=True))
     _plot(next(axes), records, names(records, "train/", "val/"), "loss")

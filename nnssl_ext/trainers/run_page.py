@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nnssl_ext.core.errors import DiskError
 from nnssl_ext.io.curves import curves
 from nnssl_ext.io.page import Section, write_page
+from nnssl_ext.trainers.health_charts import grouped
 from nnssl_ext.trainers.pace import Pace
 from nnssl_ext.trainers.progress import names, series
 from nnssl_ext.trainers.sinks import End, Record
@@ -36,7 +39,8 @@ class RunPage:
         self.folder, self.settings, self.records, self.step = folder, settings, list(records), step
         self.alarms = [(record["epoch"] + 1, text) for record in records for text in record.get("alarms", ())]
         self.eta, self.pace, self.inside = Eta(settings["total_steps"], step), Pace(), Pace(pause=BETWEEN_S)
-        self.write()
+        with suppress(DiskError):  # told when it is written again
+            self.write()
 
     def add(self, record: Record, step: int) -> None:
         self.records.append(record)
@@ -74,6 +78,7 @@ class RunPage:
                 "alarms": self.alarms,
                 "progress": self._progress(),
                 "charts": charts(self.records),
+                "health": health_charts(self.records),
             }
             values |= {"refresh": REFRESH_S, "written": time.time(), "silent": max(SILENT_S, 2 * _seconds(self.records)), "resume": f"{run['command']} --c"}
             values["clock"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -105,13 +110,18 @@ FACTS |= {"val/total": "validation loss {:.4g}"}
 
 
 def charts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Titles and SVG curves: the loss, its parts, every health metric by itself, learning rate, throughput."""
+    """Titles and SVG curves: the loss, the probe, the loss's parts, learning rate, throughput."""
     parts = [key for key in names(records, "train/", "val/") if not key.endswith("/total")]
     wanted = {"Loss": ["train/total", "val/total"], "Probe of the frozen features": names(records, "probe/"), "Parts of the loss": parts}
-    wanted |= {key.removeprefix("health/"): [key] for key in names(records, "health/")}
     wanted |= {"Learning rate": ["lr"], "Samples per second": ["samples_per_second"], "Share of the time waiting for data": ["data_wait_share"]}
-    drawn = {title: curves({key.removeprefix("health/").removeprefix("probe/"): series(records, key) for key in keys}) for title, keys in wanted.items()}
+    drawn = {title: curves({key.removeprefix("probe/"): series(records, key) for key in keys}) for title, keys in wanted.items()}
     return [(title, svg) for title, svg in drawn.items() if svg]
+
+
+def health_charts(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Titles, meanings and SVG curves of what the health monitor measured."""
+    drawn = [(chart, curves({chart.label(key): series(records, key) for key in keys})) for chart, keys in grouped(names(records, "health/"))]
+    return [(chart.title, chart.meaning, svg) for chart, svg in drawn if svg]
 
 
 def _seconds(records: Sequence[Record]) -> float:
