@@ -134,6 +134,14 @@ def test_a_method_whose_needs_the_backbone_lacks_fails_before_data_are_read(tmp_
         NeedsSparse(PLAN, "3d_fullres", SHORT, None, tmp_path)
 
 
+def test_beside_a_gpu_the_loader_leaves_the_intensities_to_it(tmp_path):
+    tested = trainer(tmp_path)
+    tested.initialize()
+    assert not tested._dataset([0], "train").on_device
+    tested.device = torch.device("cuda")
+    assert tested._dataset([0], "train").on_device
+
+
 RANK = """
 import sys, torch
 torch.set_num_threads(1)
