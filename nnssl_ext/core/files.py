@@ -16,7 +16,14 @@ from typing import Any
 
 from nnssl_ext.core.errors import DiskError, UserError
 
-_DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only", errno.EIO: "the disk failed"}
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed (ulimit -f)",
+    errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk failed",
+    errno.ESTALE: "the network disk lost the folder",
+}
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class NonFiniteGuard:
                     save_checkpoint(file, content | {"ranks": distributed.ranks(), "losses": outcome.values, "norm": outcome.norm, "loss_scale": outcome.scale})
                     captured = f"; the state before it is in {file}, --replay {step} finds where that begins"
                 except DiskError as error:  # the run doesn't need it
-                    captured = f"; its state {error.what}"
+                    captured = f"; the state before it is lost: {error.what}"
         say(f"step skipped: {what}{captured}")
         if self.in_a_row >= self.limit:
             fix = "lower the learning rate (-o lr=...), or continue an earlier checkpoint with --c"

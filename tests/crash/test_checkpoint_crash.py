@@ -1,6 +1,5 @@
 """A process that is killed while it saves never leaves an unreadable checkpoint."""
 
-import errno
 import multiprocessing
 import os
 import random
@@ -14,7 +13,7 @@ from nnssl_ext.core import files
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.trainers.checkpoint import load_checkpoint, save_checkpoint
 
-TRIALS = 60
+KILLS = [8, pytest.param(100, marks=pytest.mark.slow)]
 
 
 def write_forever(path, ready) -> None:
@@ -28,11 +27,12 @@ def write_forever(path, ready) -> None:
 
 
 @pytest.mark.crash
-def test_a_kill_at_a_random_instant_of_saving_leaves_the_old_or_the_new_checkpoint(tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_kill_at_a_random_instant_of_saving_leaves_the_old_or_the_new_checkpoint(kills, tmp_path):
     path, chance, saved, fork = tmp_path / "checkpoint_latest.pth", random.Random(0), 0, multiprocessing.get_context("fork")
     save_checkpoint(path, {"network_weights": {"w": torch.zeros(1)}, "step": 0, "check": torch.zeros(1).sum()})
     torch.set_num_threads(1)
-    for _ in range(TRIALS):
+    for _ in range(kills):
         ready = fork.Event()
         writer = fork.Process(target=write_forever, args=(path, ready))
         writer.start()
@@ -47,23 +47,6 @@ def test_a_kill_at_a_random_instant_of_saving_leaves_the_old_or_the_new_checkpoi
     assert list(tmp_path.glob(".*.tmp"))  # some were hit while writing
     with files.FolderLock(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))  # the next run clears what the killed ones left
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("code", ["ENOSPC", "EIO", "EROFS", "EDQUOT"])
-def test_a_failing_disk_keeps_the_former_checkpoint_and_says_so(call, code, tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint_latest.pth"
-    save_checkpoint(path, {"network_weights": {}, "step": 1})
-
-    def fail(*_):
-        raise OSError(getattr(errno, code), "injected")
-
-    monkeypatch.setattr(files.os, call, fail)
-    with pytest.raises(UserError, match="could not write: the disk"):
-        save_checkpoint(path, {"network_weights": {}, "step": 2})
-    monkeypatch.undo()
-    assert load_checkpoint(path)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_latest.pth"]
 
 
 def test_a_truncated_checkpoint_is_refused_in_three_lines(tmp_path):

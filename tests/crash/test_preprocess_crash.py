@@ -18,7 +18,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.preprocessing.store import CaseStore
 from tests.make_raw import nnunet_dataset
 
-ROOT, TRIALS, CASES = Path(__file__).parents[2], 60, 6
+ROOT, CASES = Path(__file__).parents[2], 6
 
 
 def finished(folder):
@@ -35,7 +35,8 @@ def again() -> None:
 
 
 @pytest.mark.crash
-def test_a_kill_at_a_random_instant_leaves_whole_cases_and_the_next_run_completes_them(folders):
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_kill_at_a_random_instant_leaves_whole_cases_and_the_next_run_completes_them(kills, folders):
     nnunet_dataset(folders["nnssl_raw"], cases=CASES)
     assert plan_and_preprocess.main(["-d", "801", "-c", "onemmiso", "-np", "1", "-gpu_memory_target", "0.5"]) == 0
     folder = folders["nnssl_preprocessed"] / "Dataset801_Test" / "nnsslPlans_onemmiso"
@@ -44,7 +45,7 @@ def test_a_kill_at_a_random_instant_leaves_whole_cases_and_the_next_run_complete
     start = time.monotonic()
     assert preprocess.main(["-d", "801", "-c", "onemmiso", "-np", "1"]) == 0
     longest = time.monotonic() - start
-    for trial in range(TRIALS):
+    for trial in range(kills):
         if trial % 2 == 0:
             clear(folder)
         process = fork.Process(target=again)
