@@ -25,7 +25,7 @@ from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
-from nnssl_ext.trainers.config import SPEED_ONLY
+from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, SPEED_ONLY
 from nnssl_ext.trainers.description import describe
 from nnssl_ext.trainers.guards import NonFiniteGuard
 from nnssl_ext.trainers.health import HealthMonitor
@@ -62,16 +62,16 @@ class SSLTrainer:
     class Config:
         """Hyper-parameters of every method."""
 
-        epochs: int = 1000  # nnU-Net's length
-        iterations: int = 250  # optimiser steps per epoch
+        epochs: int = field(default=1000, metadata=AT_LEAST_ONE)  # nnU-Net's length
+        iterations: int = field(default=250, metadata=AT_LEAST_ONE)  # optimiser steps per epoch
         val_iterations: int = 50  # validation batches per epoch, at most
-        batch_size: int | None = None  # samples per step and process; None = the plan's
+        batch_size: int | None = field(default=None, metadata=AT_LEAST_ONE)  # samples per step and process; None = the plan's
         optimizer: str | None = None  # "sgd", "adamw"; None, here and below = the backbone family's recipe
         lr: float | None = None  # after the warm-up
         weight_decay: float | None = None
-        warmup: float | None = None  # share of all steps with linearly rising learning rate
+        warmup: float | None = field(default=None, metadata=SHARE)  # share of all steps with linearly rising learning rate
         clip: float | None = None  # largest norm of the gradient
-        accumulate: int = 1  # batches per optimiser step
+        accumulate: int = field(default=1, metadata=AT_LEAST_ONE)  # batches per optimiser step
         precision: str = "auto"  # of the forward pass: "fp32", "bf16", "fp16"; "auto" = bf16 on CUDA, fp32 on the CPU
         max_skips: int = 20  # optimiser steps in a row that may be skipped because something is not finite
         seed: int = 0

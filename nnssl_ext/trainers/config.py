@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -12,16 +13,19 @@ from typing import Any
 from nnssl_ext.core.errors import UserError, did_you_mean
 
 SPEED_ONLY = {"folder": False}  # metadata of a field that changes no result: it stays out of the results folder's name
+AT_LEAST_ONE = {"range": (1, math.inf)}  # metadata of a number; without it 0 is the smallest
+SHARE = {"range": (0, 1)}
+_EXAMPLES = {int: "a whole number, such as 2", float: "a number, such as 1e-4", bool: "true or false"}
 
 
 def parse_overrides(cls: type, texts: Sequence[str]) -> dict[str, Any]:
     """Values of ``key=value`` texts, converted to the types of the dataclass `cls`.
 
     Raises:
-        UserError: malformed text, unknown key (with the closest one), value of another type.
+        UserError: malformed text, unknown key (with the closest one), value of another type or out of range.
     """
     types_ = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for text in texts:
         key, separator, value = text.partition("=")
@@ -30,7 +34,15 @@ def parse_overrides(cls: type, texts: Sequence[str]) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"unknown hyper-parameter '{key}'", f"option -o of {cls.__qualname__.removesuffix('.Config')}", did_you_mean(key, known))
         values[key] = _convert(value, types_[key], text)
+        _check_range(values[key], *known[key].metadata.get("range", (0, math.inf)), text)
     return values
+
+
+def _check_range(value: Any, low: float, high: float, text: str) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
+            limits = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{number} is out of range", f"option -o {text}", f"give a number {limits}")
 
 
 def _convert(value: str, kind: Any, text: str) -> Any:
@@ -47,7 +59,7 @@ def _convert(value: str, kind: Any, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         return kind(value)
     except (ValueError, KeyError):
-        raise UserError(f"'{value}' is not a valid {kind.__name__}", f"option -o {text}") from None
+        raise UserError(f"'{value}' is not a valid {kind.__name__}", f"option -o {text}", f"give {_EXAMPLES.get(kind, 'another value')}") from None
 
 
 def speed_only(config: Any) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from nnssl_ext.nn.losses import masked_mse
 from nnssl_ext.nn.tokens import gather, patchify, split_tokens, unpatchify
 from nnssl_ext.nn.transformer import HEAD_WIDTH, transformer
 from nnssl_ext.trainers.base import Losses, SSLTrainer
+from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
 
 
 class MAETrainer(SSLTrainer):
@@ -34,10 +35,10 @@ class MAETrainer(SSLTrainer):
 
     @dataclass(frozen=True)
     class Config(SSLTrainer.Config):
-        mask_ratio: float = 0.75  # share of blocks or tokens that are hidden
-        mask_block: int = 16  # U-Net only: voxels along a block's edge
-        decoder_depth: int = 2  # Primus only: transformer blocks of the decoder
-        decoder_width: int = 192  # Primus only: channels of the decoder, at most the encoder's
+        mask_ratio: float = field(default=0.75, metadata=SHARE)  # share of blocks or tokens that are hidden
+        mask_block: int = field(default=16, metadata=AT_LEAST_ONE)  # U-Net only: voxels along a block's edge
+        decoder_depth: int = field(default=2, metadata=AT_LEAST_ONE)  # Primus only: transformer blocks of the decoder
+        decoder_width: int = field(default=192, metadata=AT_LEAST_ONE)  # Primus only: channels of the decoder, at most the encoder's
 
     def views(self) -> ViewSpec:
         token = self.network_plan.kwargs.get("patch_embed_size")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.config import SPEED_ONLY, as_plain, folder_suffix, parse_overrides
 
 
@@ -54,3 +55,17 @@ def test_long_folder_names_stay_short_and_distinct():
 
 def test_plain_fields_hold_json_types():
     assert as_plain(Config()) == {"epochs": 10, "lr": None, "name": "a", "flip": True, "sizes": [1, 2], "workers": 0}
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs=0", "iterations=-1", "batch_size=0", "accumulate=0", "lr=-1e-3", "lr=nan", "lr=inf", "warmup=1.5", "workers=-1", "seed=-1"]
+)
+def test_a_number_out_of_range_is_refused_with_the_range(text):
+    with pytest.raises(UserError, match="out of range") as error:
+        parse_overrides(SSLTrainer.Config, [text])
+    assert error.value.fix.startswith("give a number")
+
+
+def test_numbers_at_the_ends_of_their_range_and_none_are_accepted():
+    texts = ["epochs=1", "warmup=0", "warmup=1", "batch_size=none", "workers=0", "weight_decay=0"]
+    assert parse_overrides(SSLTrainer.Config, texts)["batch_size"] is None
