@@ -138,7 +138,7 @@ def whole(content: Any, seen: dict[int, Tensor] | None = None) -> Any:
         key = content.to_local().untyped_storage().data_ptr() or id(content)  # aliased weights stay aliased
         if key not in seen:
             full = content.detach().full_tensor()
-            seen[key] = full.cpu() if distributed.rank() == 0 else full.new_empty(0)
+            seen[key] = full.to("cpu", copy=True) if distributed.rank() == 0 else full.new_empty(0)  # a copy: its storage may be padded
         return seen[key]
     if isinstance(content, dict):
         return {name: whole(value, seen) for name, value in content.items()}
