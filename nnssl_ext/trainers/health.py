@@ -99,7 +99,7 @@ class HealthMonitor:
         if step % self.every == 0:
             with torch.no_grad():
                 for view in batch.values():
-                    self._count("background", health.background_share(view.image[..., ::2, ::2, ::2]))  # an eighth of the voxels tells as much
+                    self._count("background", health.background_share(view.image[..., ::2, ::2, ::2]))  # an eighth of the voxels is enough for an estimate
                     if view.mask is not None:
                         self._count("mask_ratio", view.mask.float().mean())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ class RunPage:
             self.write()
 
     def alarm(self, text: str) -> None:
-        self.alarms.append((self.step // self.settings["config"]["iterations"] + 1, text))
+        self.alarms.append((max(1, math.ceil(self.step / self.settings["config"]["iterations"])), text))
         self.write()
 
     def close(self, end: End, reason: str) -> None:

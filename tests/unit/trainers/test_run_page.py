@@ -10,6 +10,7 @@ from PIL import Image
 from nnssl_ext.cli import train
 from nnssl_ext.trainers.config import parse_overrides
 from nnssl_ext.trainers.description import changed, command, describe
+from nnssl_ext.trainers.health_charts import grouped
 from nnssl_ext.trainers.mae import MAETrainer
 from nnssl_ext.trainers.run_page import RunPage, charts
 from tests.make_data import ArrayStore, make_plan
@@ -63,6 +64,23 @@ def test_the_page_is_rewritten_only_as_often_as_it_may_cost(tmp_path, monkeypatc
         now[0] += 1.0
         page.advance(step)
     assert len(written) == 7  # every 30 seconds
+
+
+def test_an_alarm_names_the_epoch_that_raised_it_with_the_meaning_of_the_curves_below(tmp_path):
+    page = RunPage(tmp_path, SETTINGS, [record(0, **{"health/projection/std": 0.02, "health/patches/std": 0.9, "health/skipped_steps": 0.0})], 9)
+    page.advance(10)  # the last step of the second epoch
+    page.alarm("the features have collapsed")
+    shown = page_of(tmp_path)
+    assert "1 alarm: this training needs a look" in shown and "epoch 2: the features have collapsed" in shown
+    assert shown.count("std · √D of normalised vectors") == 1 and "</i>projection&nbsp;" in shown and "</i>patches&nbsp;" in shown
+
+
+def test_every_health_metric_is_drawn_once_and_unknown_ones_by_themselves():
+    wanted = ["health/cls/H_marg", "health/cls/MI", "health/gradient_norm", "health/pooled/std", "health/queue_age"]
+    found = grouped([*wanted, "health/pooled/rank_me"])
+    assert sorted(name for _, members in found for name in members) == wanted
+    assert [(chart.title, chart.meaning) for chart, members in found if "health/queue_age" in members] == [("queue_age", "")]
+    assert {chart.label(name) for chart, members in found for name in members} == {"cls/H_marg", "cls", "gradient norm", "pooled", "queue age"}
 
 
 def test_unusual_names_are_shown_and_not_run(tmp_path):
