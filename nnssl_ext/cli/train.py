@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import at_least_one, parser, run
+from nnssl_ext.core.errors import UserError
+
+if TYPE_CHECKING:
+    from nnssl_ext.trainers.launch import ProbeMaker, Run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -15,14 +20,20 @@ def arguments() -> argparse.ArgumentParser:
     )
     result.add_argument("dataset", help="dataset ID or name")
     result.add_argument("configuration", help="configuration of the plan, such as 3d_fullres")
-    result.add_argument("-tr", metavar="TRAINER", default="MAETrainer", help="method (default: %(default)s)")
+    result.add_argument("-tr", metavar="TRAINER", nargs="+", default=["MAETrainer"], help="method (default: MAETrainer); with --slurm also several")
     result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc or primus (default: the method's own)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
     result.add_argument("-num_gpus", type=at_least_one, default=1, metavar="N", help="processes, one per card (default: 1)")
     result.add_argument("-probe", metavar="DATASET", help="labelled dataset (nnU-Net's raw format) on which the frozen features are tested now and then")
+    help_slurm = "train as jobs of a SLURM cluster, which go on after preemption and time limits; settings of sbatch, such as partition=gpu time=2-00:00:00"
+    result.add_argument("--slurm", metavar="KEY=VALUE", nargs="*", help=help_slurm)
+    result.add_argument("-seeds", metavar="SEED", type=int, nargs="+", help="with --slurm: a job for each trainer and seed")
     result.add_argument("--c", action="store_true", help="continue from checkpoint_latest")
+    result.add_argument(
+        "--replay", type=int, nargs="?", const=-1, metavar="STEP", help="repeat a captured step that was not finite, and find where that begins"
+    )
     result.add_argument("--val", action="store_true", help="only compute the validation losses of checkpoint_best")
     return result
 
@@ -35,15 +46,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    from nnssl_ext.trainers.launch import Run, start
+    if options.slurm is not None:
+        from nnssl_ext.cli.slurm import submit
+
+        return submit(options)
+    if len(options.tr) > 1 or options.seeds is not None:
+        raise UserError("several trainings at once are jobs of a cluster", "options -tr and -seeds", "add --slurm, or train one after the other (-o seed=1)")
+    from nnssl_ext.trainers.launch import start
+
+    chosen, probe = run_of(options)
+    return start(chosen, options.num_gpus if options.replay is None else 1, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv], probe)
+
+
+def run_of(options: argparse.Namespace) -> tuple[Run, ProbeMaker | None]:
+    """What the command line says to train, and how to probe it."""
+    from nnssl_ext.trainers.launch import Run
 
     probe = None
     if options.probe is not None:
         from nnssl_ext.evaluation.probe import find_probe
 
         probe = partial(find_probe, options.probe)
-    chosen = Run(options.dataset, options.configuration, options.tr, options.p, options.b, tuple(options.o), options.device, options.c, options.val)
-    return start(chosen, options.num_gpus, [sys.executable, "-m", "nnssl_ext.cli.train", *options.argv], probe)
+    (trainer,) = options.tr
+    return Run(
+        options.dataset, options.configuration, trainer, options.p, options.b, tuple(options.o), options.device, options.c, options.val, options.replay
+    ), probe
 
 
 if __name__ == "__main__":
