@@ -35,13 +35,14 @@ def noise(x: np.ndarray, std: float, seed: int) -> None:
 
     Source: Steele et al. 2014, doi:10.1145/2660193.2660195; Box & Muller 1958, doi:10.1214/aoms/1177706645.
     """
-    flat, half = x.reshape(-1), (x.size + 1) // 2
-    _noise(flat[:half], flat[half:], np.float32(std), np.uint64(seed))
+    _noise(x, np.float32(std), np.uint64(seed))
 
 
 @compiled
-def _noise(first: np.ndarray, second: np.ndarray, std: float, seed: int) -> None:
-    for i in range(len(first)):
+def _noise(x: np.ndarray, std: float, seed: int) -> None:
+    flat, half = x.reshape(-1), (x.size + 1) // 2
+    first, second = flat[:half], flat[half:]
+    for i in range(half):
         cosine, sine = _normal(std, seed + np.uint64(i + 1) * np.uint64(GOLDEN))
         first[i] += cosine
         if i < len(second):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from numba import TypingError
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import kstest
 from torch.nn.functional import interpolate
@@ -95,3 +96,14 @@ def test_gamma_of_a_volume_with_one_bright_voxel_keeps_its_standard_deviation():
 def test_a_constant_volume_stays_finite(name):
     numbers = {"noise": (0.1, 3), "blur": (1.0, 1.0, 1.0)}.get(name, (0.8,))
     assert np.isfinite(changed(name, np.full((4, 5, 6), 2.0, np.float32), *numbers)).all()
+
+
+@pytest.mark.parametrize("name", list(intensity_cpu.OPERATIONS))
+def test_a_volume_with_gaps_in_memory_is_changed_too_or_refused(name):
+    numbers = {"noise": (0.1, 3), "blur": (1.0, 1.0, 1.0)}.get(name, (0.8,))
+    gaps = X.repeat(2, axis=2)[..., ::2]
+    try:
+        intensity_cpu.OPERATIONS[name](gaps, *numbers)
+    except TypingError:
+        return
+    assert np.array_equal(gaps, changed(name, X, *numbers))
