@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.core.adaptation import EncoderKeys
 from nnssl_ext.nn.backbones.base import Backbone, check_divisible, resolve
+from nnssl_ext.nn.drop_path import skip_dropped
 from nnssl_ext.nn.tokens import gather, patchify
 
 
@@ -33,6 +34,8 @@ class PrimusBackbone(Backbone):
         net_class: Any = resolve({"net": class_name}, ["net"])["net"]
         self.net = net_class(input_channels=channels, num_classes=2, input_shape=self.patch_size, **resolve(self.kwargs, self.imports))
         self.net.up_projection = nn.Identity()
+        for block in self.net.eva.blocks:
+            skip_dropped(block)
 
     def tokens(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         eva, projection = self.net.eva, self.net.down_projection.proj
