@@ -96,6 +96,7 @@ def train_on(folder, done) -> None:
 @pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_kill_at_a_random_instant_of_the_loop_costs_at_most_an_epoch_and_the_run_goes_on_exactly(kills, tmp_path):
     chance, fork, interval, torn = random.Random(0), multiprocessing.get_context("fork"), SHORT.iterations, 0
+    trainer(tmp_path / "first").fit(stop_at=1)  # what a training imports late is imported here, not in every process
     for _ in range(kills):
         begin = load_latest(tmp_path / "parts")["step"] if (tmp_path / "parts" / "checkpoint_latest.pth").exists() else 0
         done = fork.Value("i", begin)
