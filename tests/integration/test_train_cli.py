@@ -12,6 +12,7 @@ import torch
 from nnssl_ext.cli import plan_and_preprocess, train
 from nnssl_ext.core import files
 from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.mae import MAETrainer
 from tests.make_raw import nnunet_dataset
 
 SHORT = ["-device", "cpu", "-o", "epochs=2", "iterations=2", "batch_size=1", "workers=0"]
@@ -124,6 +125,24 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(dataset, capsys
     assert not list(dataset.glob(".*.tmp"))
     assert train.main(["801", "3d_fullres", *SHORT, "--c"]) == 0
     assert load_checkpoint(dataset / "checkpoint_final.pth")["step"] == 4
+
+
+def test_a_captured_step_is_repeated_with_replay(dataset, capsys, monkeypatch):
+    step = MAETrainer.step
+
+    def spoil(self, model, batch):
+        losses = step(self, model, batch)
+        return {"total": losses["total"] * float("nan")} if self.next_step == 1 and model.training else losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MAETrainer, "step", spoil)
+        assert train.main(["801", "3d_fullres", *SHORT]) == 0
+        assert train.main(["801", "3d_fullres", *SHORT, "--replay"]) == 0
+        assert "step 1: it begins in the loss 'total'" in capsys.readouterr().out
+    assert train.main(["801", "3d_fullres", *SHORT, "--replay", "1"]) == 1
+    assert "step 1: the step is finite here" in capsys.readouterr().out
+    assert train.main(["801", "3d_fullres", *SHORT, "--replay", "2"]) == 2
+    assert "captured: 1" in error_of(capsys)
 
 
 def test_the_console_script_answers_without_importing_torch():
