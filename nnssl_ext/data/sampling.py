@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nnssl_ext.core.geometry import Box
+from nnssl_ext.data.compiled import compiled
 from nnssl_ext.preprocessing.store import BODY_CELL
 
 _TRIES = 64  # positions drawn before the whole grid is searched
@@ -39,11 +40,23 @@ def random_box(within: Box, size: Sequence[int], rng: np.random.Generator, body:
 
 def body_share(body: np.ndarray, box: Box) -> float:
     """Share of a box's voxels that lie in body cells; outside the case there is none."""
-    inside = [(max(0, low // BODY_CELL), max(0, min(cells, -(-high // BODY_CELL)))) for (low, high), cells in zip(box, body.shape)]
-    held = body[tuple(slice(*edge) for edge in inside)].astype(float)
-    for (first, last), (low, high) in zip(inside, box):
-        held = np.tensordot(_overlap(np.array([low]), high - low, np.arange(first, last)), held, (1, 0))[0]
-    return float(held) / float(np.prod([high - low for low, high in box]))
+    low, high = np.array(box).T
+    return float(_body_voxels(body, low, high)) / float(np.prod(high - low))
+
+
+@compiled
+def _body_voxels(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
+    first = np.maximum(low // BODY_CELL, 0)
+    last = np.minimum((high - 1) // BODY_CELL + 1, np.array(body.shape))
+    total = 0
+    for z in range(first[0], last[0]):
+        depth = min(high[0], (z + 1) * BODY_CELL) - max(low[0], z * BODY_CELL)
+        for y in range(first[1], last[1]):
+            area = depth * (min(high[1], (y + 1) * BODY_CELL) - max(low[1], y * BODY_CELL))
+            for x in range(first[2], last[2]):
+                if body[z, y, x]:
+                    total += area * (min(high[2], (x + 1) * BODY_CELL) - max(low[2], x * BODY_CELL))
+    return total
 
 
 def _overlap(starts: np.ndarray, size: int, cells: np.ndarray) -> np.ndarray:
