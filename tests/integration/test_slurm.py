@@ -81,7 +81,7 @@ def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-def wait_for(done, logs, seconds=120):
+def wait_for(done, logs, seconds=400):
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "\n".join(path.read_text() for path in logs.glob("*log.out"))
@@ -127,6 +127,7 @@ def test_trainers_and_seeds_become_an_array_with_one_process_per_card(dataset, c
     assert "squeue -j 7\n" in out and "scancel 7\n" in out
 
 
+@pytest.mark.slow
 def test_jobs_that_are_preempted_end_with_the_weights_of_an_uninterrupted_run(dataset, cluster, monkeypatch):
     whole = uninterrupted(dataset)
     monkeypatch.setenv("stop_0_1", str(int(signal.SIGUSR2)))  # the time limit is near
@@ -144,6 +145,7 @@ def test_jobs_that_are_preempted_end_with_the_weights_of_an_uninterrupted_run(da
     assert load_checkpoint(run_folder(dataset, seed=1) / "checkpoint_final.pth")["config"]["seed"] == 1
 
 
+@pytest.mark.slow
 def test_two_tasks_form_one_group_and_are_requeued_together(dataset, monkeypatch, capsys):
     whole = uninterrupted(dataset, "-num_gpus", "2")
     monkeypatch.setenv("stop_0_2", str(int(signal.SIGUSR2)))
