@@ -34,15 +34,16 @@ def parse_overrides(cls: type, texts: Sequence[str]) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"unknown hyper-parameter '{key}'", f"option -o of {cls.__qualname__.removesuffix('.Config')}", did_you_mean(key, known))
         values[key] = _convert(value, types_[key], text)
-        _check_range(values[key], *known[key].metadata.get("range", (0, math.inf)), text)
+        _check_range(values[key], known[key].metadata.get("range", (0, math.inf)), text)
     return values
 
 
-def _check_range(value: Any, low: float, high: float, text: str) -> None:
+def _check_range(value: Any, limits: tuple[float, float], text: str) -> None:
+    low, high = limits
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not (low <= number <= high and math.isfinite(number)):
-            limits = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise UserError(f"{number} is out of range", f"option -o {text}", f"give a number {limits}")
+            kind = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{number} is out of range", f"option -o {text}", f"give a number {kind}")
 
 
 def _convert(value: str, kind: Any, text: str) -> Any:
