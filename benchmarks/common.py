@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,6 +68,12 @@ def summarize(ours: Sequence[float], peer: Sequence[float], peer_name: str, unit
     ratios = [p / o for o, p in zip(ours, peer)]
     detail = {"repetitions": len(ratios), "threads": THREADS, **detail}
     return Result(statistics.median(ratios), min(ratios), max(ratios), statistics.median(ours), statistics.median(peer), peer_name, unit, detail)
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, minimum and maximum, for `Result.detail`."""
+    numbers = list(values)
+    return {"median": round(statistics.median(numbers), 2), "min": round(min(numbers), 2), "max": round(max(numbers), 2)}
 
 
 def memory(module: str, side: str, argument: object, imports: str = "torch") -> dict[str, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import Result, summarize
+from benchmarks.common import Result, spread, summarize
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.data.loader import StepDataset
 from nnssl_ext.data.sampling import random_box, whole
@@ -86,6 +86,7 @@ def run(quick: bool) -> Result:
             steps = 4 if quick else 20
             times = in_turn({name: lambda i, d=d, s=steps: patches_per_cpu_s(d, s, i * s) for name, d in data.items()}, 2 if quick else 5)
         detail[f"patches_per_cpu_s_{edge}"] = {name: round(1 / statistics.median(values), 1) for name, values in times.items()}
+        detail[f"over_nnssl_{edge}"] = spread(1 / value / NNSSL_PATCHES_PER_CPU_S[edge] for value in times["ours"])
         ours += times["ours"]
         peer += times["peer"]
     return summarize(ours, peer, PEER, "CPU-s per patch", detail)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-from benchmarks.common import Result, summarize
+from benchmarks.common import Result, spread, summarize
 from benchmarks.loader import BATCH, EDGES, in_turn, make_store, patches_per_cpu_s
 from benchmarks.strength import displacement, intensity, peer_size, peer_transforms
 from nnssl_ext.data import augment
@@ -56,11 +56,9 @@ def run(quick: bool) -> Result:
             data = {name: StepDataset(store, spec, range(len(store)), 0, BATCH) for name, spec in specs.items()}
             times = in_turn({name: lambda i, d=d, s=steps: patches_per_cpu_s(d, s, i * s) for name, d in data.items()}, 2 if quick else 7)
             changes = intensity(store.read(0, tuple((n // 2 - 24, n // 2 + 24) for n in store.shape(0))), 60 if quick else 1500) if edge == EDGES[0] else {}
-        ratios = sorted(p / o for o, p in zip(times["ours"], times["peer"]))
-        detail[f"ratio_{edge}"] = {"median": round(statistics.median(ratios), 2), "min": round(ratios[0], 2), "max": round(ratios[-1], 2)}
+        detail[f"ratio_{edge}"] = spread(p / o for o, p in zip(times["ours"], times["peer"]))
         detail[f"patches_per_cpu_s_{edge}"] = {name: round(1 / statistics.median(values), 1) for name, values in times.items()}
-        over = sorted(1 / value / NNSSL_PATCHES_PER_CPU_S[edge] for value in times["ours, spatial only"])
-        detail[f"spatial_only_over_nnssl_{edge}"] = {"median": round(statistics.median(over), 1), "min": round(over[0], 1), "max": round(over[-1], 1)}
+        detail[f"spatial_only_over_nnssl_{edge}"] = spread(1 / value / NNSSL_PATCHES_PER_CPU_S[edge] for value in times["ours, spatial only"])
         detail[f"displacement_{edge}"] = displacement(edge, 200 if quick else 4000)
         detail |= {"intensity": changes} if changes else {}
         ours += times["ours"]
