@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,10 +154,17 @@ def batches(dataset: Dataset[Batch], start: int, stop: int, workers: int = 0, pi
         UserError: a case is damaged, or whatever the dataset says, in a worker or not.
     """
     numbers, ahead = range(start, stop), 4 if workers else None
-    for item in DataLoader(_Reported(dataset), batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin, prefetch_factor=ahead):
+    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": ahead, "worker_init_fn": _ignore_stops, "pin_memory": pin}
+    for item in DataLoader(_Reported(dataset), batch_size=None, sampler=numbers, **options):
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def _ignore_stops(worker: int) -> None:
+    """Schedulers and torchrun send their signals to loader processes too; these go on until the trainer has saved, and end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) (?:is killed by signal: (?P<signal>.*?)\. |exited unexpectedly)", re.DOTALL)
