@@ -169,7 +169,7 @@ class SSLTrainer:
 
         Raises:
             UserError: the folder is in use or holds another run; too many steps were not finite; a loader process died.
-            Stopped: by SIGTERM or SIGUSR1; checkpoint_latest holds the last step.
+            Stopped: by SIGTERM, SIGUSR1 or SIGUSR2; checkpoint_latest holds the last step.
         """
         with ExitStack() as stack:
             if self.rank == 0:
@@ -205,10 +205,11 @@ class SSLTrainer:
                 speed = (step + 1 - max(start, step + 1 - iterations)) * self.batch_size * accumulate * self.ranks / seconds
                 self._end_epoch(log, {"seconds": seconds, "samples_per_second": speed, "data_wait_share": self.waited / seconds})
                 began, self.waited = time.monotonic(), 0.0
-            if outcome.signal:
+            elif outcome.signal or self.next_step == stop:
                 self.save("latest")
+            if outcome.signal:
+                distributed.barrier()  # who watches the processes may end all of them when the first one has ended
                 raise Stopped(outcome.signal)
-        self.save("latest")
         if self.next_step == self.total_steps:
             self.save("final")
 
@@ -241,7 +242,7 @@ class SSLTrainer:
         for text in alarms:
             log.alarm(text)
         with parallel.together(self.model):
-            record |= figures | self._probed(epoch)
+            record |= figures | log.measure("probe", lambda: self._probed(epoch))
             log.epoch(record | {name: round(value, 4) for name, value in timing.items()})
             log.draw(epoch, lambda path: draw_run(self, self.batch, path))
         score = val.get("total", train["total"])

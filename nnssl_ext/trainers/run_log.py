@@ -92,6 +92,12 @@ class RunLog:
         self.say(self._line(clean))
         self._tell(lambda sink: sink.add(clean, clean["step"]))
 
+    def measure(self, name: str, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `figures` gives, or nothing where that fails."""
+        found: dict[str, float] = {}
+        self._guarded(name, lambda: found.update(figures()))
+        return found
+
     def draw(self, epoch: int, draw: Callable[[Path], None]) -> None:
         """A picture of the epoch (counted from 0), where one is due.
 

@@ -93,6 +93,19 @@ def test_fewer_than_three_subjects_train_without_validation(tmp_path):
     assert (tmp_path / "checkpoint_best.pth").exists()
 
 
+def test_a_probe_that_fails_is_told_and_ends_nothing(tmp_path, capsys):
+    run = trainer(tmp_path)
+    run.probe = lambda backbone, device: {"dice": 1 / 0}
+    run.fit()
+    assert (tmp_path / "checkpoint_final.pth").is_file() and "probe failed (ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_the_previous_checkpoint_is_of_an_earlier_step(tmp_path):
+    trainer(tmp_path).fit()
+    steps = [load_checkpoint(tmp_path / f"checkpoint_{name}.pth")["step"] for name in ("previous", "latest")]
+    assert steps[0] < steps[1]
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     trainer(tmp_path).fit(stop_at=1)
     before = (tmp_path / "checkpoint_latest.pth").read_bytes()
