@@ -73,7 +73,7 @@ def group(device: str) -> Iterator[None]:
 def launch(command: Sequence[str], processes: int) -> int:
     """Run a command in `processes` processes of one group on this machine, told apart as torchrun does (RANK, WORLD_SIZE, ...).
 
-    SIGTERM, SIGUSR1 and SIGINT are passed on. When one process fails, the others are ended.
+    SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are passed on. When one process fails, the others are ended.
 
     Returns:
         0, or the exit code that tells most about what failed.
@@ -89,7 +89,7 @@ def launch(command: Sequence[str], processes: int) -> int:
         for process in started:
             process.send_signal(number)
 
-    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)}
     try:
         for rank_ in range(processes):
             own = {"RANK": str(rank_), "LOCAL_RANK": str(rank_), "NNSSL_LAUNCHER": str(os.getpid())}

@@ -44,7 +44,7 @@ def equal(one, two):
     return all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)])
 def test_a_stop_signal_ends_after_its_step_and_the_run_continues_exactly(number, code, tmp_path):
     trainer(tmp_path / "whole").fit()
 
