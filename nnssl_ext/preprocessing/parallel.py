@@ -84,6 +84,8 @@ def run_all(
     cases = [1] * len(items) if cases is None else cases
     total, done = sum(cases), 0
     console = Console()
+    if not console.is_terminal:
+        _say(console, f"{title}: {total} cases to do")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
-from scipy.interpolate import BSpline
 from threadpoolctl import ThreadpoolController
 
 SEPARATE_Z_ANISOTROPY = 3.0  # nnU-Net resamples an axis by itself when its spacing is over three times the finest
@@ -71,6 +70,8 @@ def axis_matrix(old: int, new: int, order: int) -> np.ndarray:
 
     Source: Unser, Aldroubi & Eden 1993, B-spline signal processing, doi:10.1109/78.193220.
     """
+    from scipy.interpolate import BSpline  # here: a third of a second that no command should wait for before it says what it does
+
     if order == 0:
         return np.eye(old)[nearest_voxels(old, new)]
     coefficients = ndimage.spline_filter1d(np.pad(np.eye(old), ((_EDGE, _EDGE), (0, 0)), "edge"), order, axis=0, mode="nearest")

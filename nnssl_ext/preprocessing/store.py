@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 
 from nnssl_ext.core.errors import UserError
@@ -119,9 +118,17 @@ def is_current(folder: Path, identifier: str, settings: str, source: list[Any]) 
     return (info.get("schema_version"), info.get("settings_sha256"), info.get("source")) == (SCHEMA_VERSION, settings, source)
 
 
+def _blosc2() -> Any:
+    """The library, imported with the first case: it takes half a second, and no command should wait for it before it says what it does."""
+    import blosc2
+
+    return blosc2
+
+
 def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
     chunks = (1, *(min(n, p) for n, p in zip(array.shape[1:], patch_size)))
     blocks = (1, *(min(n, max(8, p // 4)) for n, p in zip(chunks[1:], patch_size)))
+    blosc2 = _blosc2()
     parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, nthreads=1)  # read two to three times as fast as ZSTD
     content: bytes = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=parameters).to_cframe()
     return content
@@ -257,6 +264,7 @@ class CaseStore:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
+        blosc2 = _blosc2()
         array = blosc2.open(str(file), mode="r", dparams=blosc2.DParams(nthreads=1))
         if array.shape[1:] != self.shape(case) or (file == self._file(case) and file.stat().st_size != self._index.sizes[case]):
             raise ValueError("it isn't the file that was written (another size or shape)")
