@@ -1,6 +1,5 @@
 """Two gloo processes against one: samples, losses, sharded models, checkpoints. All of it in one started pair."""
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -16,14 +15,13 @@ from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
-from tests.make_data import tiny_plan, tiny_store
-from tests.toy_trainers import ToyCentreTrainer, ToyEMATrainer, ToyPredictorTrainer, ToyQueueTrainer
+from tests.conformance.pairs import PAIRS, Pair
+from tests.toy_trainers import ToyEMATrainer
 
 ROOT = Path(__file__).parents[2]
-PLAN, STEPS, GLOBAL = tiny_plan(), 3, 4  # optimiser steps, samples of each over all ranks
-METHODS = (MAETrainer, ToyEMATrainer, ToyPredictorTrainer, ToyQueueTrainer, ToyCentreTrainer)
-PAIRS = [(method, family) for method in METHODS for family in ("resenc", "primus")]
-SHARDED = [(MAETrainer, "resenc"), (MAETrainer, "primus"), (ToyEMATrainer, "primus")]
+STEPS, GLOBAL = 3, 4  # optimiser steps, samples of each over all ranks
+SHARDED = [pair for pair in PAIRS if pair.cls is MAETrainer or str(pair) == "ToyEMATrainer-primus"]
+MAE, EMA = (Pair(cls, "primus") for cls in (MAETrainer, ToyEMATrainer))
 WORK = """
 import sys, torch
 torch.set_num_threads(1)
@@ -34,26 +32,15 @@ with distributed.group("cpu"):
 """
 
 
-class Exact:
-    """A method in double precision and without drop path."""
-
-    def build(self, backbone):
-        model = super().build(backbone).double()
-        for module in model.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0
-        return model
-
-    def step(self, model, batch):
-        return super().step(model, {name: dataclasses.replace(view, image=view.image.double()) for name, view in batch.items()})
-
-
-def trainer(method, family, folder, exact=True, **options) -> SSLTrainer:
-    config = method.Config(**{"epochs": 4, "iterations": 2, "workers": 0, "batch_size": GLOBAL // distributed.ranks(), "warmup": 0.0, **options})
-    cls = type(method.__name__, (Exact, method), {}) if exact else method
-    made = cls(PLAN, "3d_fullres", config, tiny_store(), folder, family=family)
+def trainer(pair: Pair, folder, float64=True, **options) -> SSLTrainer:
+    """A run in double precision and without drop path, or as users have it."""
+    small = {"iterations": 2, "batch_size": GLOBAL // distributed.ranks(), "warmup": 0.0}
+    made = pair.trainer(folder, float64=float64, **{**small, **options})
     made.initialize()
     made.waited = 0.0
+    for module in made.model.modules():
+        if float64 and isinstance(module, DropPath):
+            module.drop_prob = 0.0
     return made
 
 
@@ -70,23 +57,19 @@ def steps(run: SSLTrainer, stop: int = STEPS) -> list[list[float]]:
 
 def digests(workers: int) -> list[str]:
     """Of every training sample of six steps that this rank sees."""
-    run = trainer(MAETrainer, "primus", "unused")
+    run = trainer(MAE, "unused")
     loader = batches(run._dataset(run.train_cases, "train"), 0, 6, workers)
     content = [(image, mask, affine) for view in (batch["image"] for batch in loader) for image, mask, affine in zip(view.image, view.mask, view.affine)]
     return [hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest() for parts in content]
-
-
-def name_of(pair) -> str:
-    return f"{pair[0].__name__} {pair[1]}"
 
 
 def work(folder: str) -> None:
     """What each of two processes does; its findings go to rank0.json and rank1.json."""
     root = Path(folder)
     found: dict = {"samples": {workers: digests(workers) for workers in (0, 1, 4)}}
-    found["ddp"] = {name_of(pair): steps(trainer(*pair, root)) for pair in PAIRS}
-    found["fsdp"] = {name_of(pair): steps(trainer(*pair, root, sharding="fsdp")) for pair in SHARDED}
-    found["exchanged"] = {name_of(pair): exchanged(pair, root / name_of(pair)) for pair in SHARDED}
+    found["ddp"] = {str(pair): steps(trainer(pair, root)) for pair in PAIRS}
+    found["fsdp"] = {str(pair): steps(trainer(pair, root, sharding="fsdp")) for pair in SHARDED}
+    found["exchanged"] = {str(pair): exchanged(pair, root / str(pair)) for pair in SHARDED}
     found["loop"] = loop(root / "loop")
     found["skipped"] = {sharding: skipped(root / "skipped", sharding) for sharding in parallel.SHARDINGS}
     found["statistics"] = {sharding: statistics(sharding) for sharding in parallel.SHARDINGS}
@@ -97,7 +80,7 @@ def exchanged(pair, folder: Path) -> dict:
     """Two steps with each sharding, saved; then the third step of each from the other's checkpoint."""
     shares = {}
     for sharding in parallel.SHARDINGS:
-        run = trainer(*pair, folder / sharding, sharding=sharding)
+        run = trainer(pair, folder / sharding, sharding=sharding)
         steps(run, 2)
         run.folder.mkdir(parents=True, exist_ok=True)
         run.save("latest")
@@ -105,7 +88,7 @@ def exchanged(pair, folder: Path) -> dict:
     distributed.barrier()
     thirds = {}
     for sharding, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
-        run = trainer(*pair, folder, sharding=sharding)
+        run = trainer(pair, folder, sharding=sharding)
         run.load(load_checkpoint(folder / other / "checkpoint_latest.pth"), folder)
         thirds[sharding] = steps(run, 3)
     return {"third": thirds, "share": shares["fsdp"] / shares["ddp"]}
@@ -115,14 +98,14 @@ def loop(folder: Path) -> dict:
     """The whole loop, sharded, with epoch ends, interrupted and continued; fp32 with drop path."""
     for name, stops in (("whole", (None,)), ("parts", (3, None))):
         for number, stop in enumerate(stops):
-            trainer(ToyEMATrainer, "primus", folder / name, exact=False, sharding="fsdp", recompute=True).fit(resume=number > 0, stop_at=stop)
+            trainer(EMA, folder / name, float64=False, sharding="fsdp", recompute=True).fit(resume=number > 0, stop_at=stop)
             distributed.barrier()
     return {}
 
 
 def skipped(folder: Path, sharding: str) -> list[float]:
     """One rank's loss is not finite in one step: the scale of the loss afterwards, the sum of the weights before and after."""
-    run = trainer(MAETrainer, "primus", folder, exact=False, sharding=sharding, precision="fp16")
+    run = trainer(MAE, folder, float64=False, sharding=sharding, precision="fp16")
     steps(run, 1)
     losses, before = run.update.losses, [distributed.local(parameter).detach().clone() for parameter in run.model.parameters()]
     run.update.losses = lambda batch: {"total": losses(batch)["total"] * (float("nan") if distributed.rank() else 1.0)}
@@ -161,36 +144,36 @@ def test_two_processes_with_any_number_of_workers_read_the_samples_of_one(pair):
     assert len(set(one)) == len(one) == 6 * GLOBAL
 
 
-@pytest.mark.parametrize("method", PAIRS, ids=name_of)
+@pytest.mark.parametrize("method", PAIRS, ids=str)
 def test_two_processes_compute_the_losses_and_gradients_of_one(method, pair, tmp_path):
-    one = torch.tensor(steps(trainer(*method, tmp_path)))
+    one = torch.tensor(steps(trainer(method, tmp_path)))
     for rank in pair[1]:
-        torch.testing.assert_close(torch.tensor(rank["ddp"][name_of(method)]), one, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(rank["ddp"][str(method)]), one, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", SHARDED, ids=name_of)
+@pytest.mark.parametrize("method", SHARDED, ids=str)
 def test_a_sharded_model_computes_the_same_with_half_the_weights_per_process(method, pair):
     for rank in pair[1]:
-        sharded, whole = torch.tensor(rank["fsdp"][name_of(method)]), torch.tensor(rank["ddp"][name_of(method)])
+        sharded, whole = torch.tensor(rank["fsdp"][str(method)]), torch.tensor(rank["ddp"][str(method)])
         torch.testing.assert_close(sharded, whole, rtol=1e-6, atol=0)
-        assert rank["exchanged"][name_of(method)]["share"] == pytest.approx(0.5, abs=0.05)
+        assert rank["exchanged"][str(method)]["share"] == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("method", SHARDED, ids=name_of)
+@pytest.mark.parametrize("method", SHARDED, ids=str)
 def test_checkpoints_of_sharded_and_of_copied_models_are_the_same_files(method, pair, tmp_path):
     folder, ranks = pair
-    sharded, copied = (load_checkpoint(folder / name_of(method) / name / "checkpoint_latest.pth") for name in ("fsdp", "ddp"))
+    sharded, copied = (load_checkpoint(folder / str(method) / name / "checkpoint_latest.pth") for name in ("fsdp", "ddp"))
     assert sharded.keys() == copied.keys() and sharded["optimizer_state"]["param_groups"] == copied["optimizer_state"]["param_groups"]
     for part in ("ssl_state", "network_weights"):
         assert list(sharded[part]) == list(copied[part]) and all(type(value) is torch.Tensor for value in sharded[part].values())
         torch.testing.assert_close(sharded[part], copied[part], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(sharded["optimizer_state"]["state"], copied["optimizer_state"]["state"], rtol=1e-6, atol=1e-9)
-    sizes = [(folder / name_of(method) / name / "checkpoint_latest.pth").stat().st_size for name in ("fsdp", "ddp")]
+    sizes = [(folder / str(method) / name / "checkpoint_latest.pth").stat().st_size for name in ("fsdp", "ddp")]
     assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[1]  # aliased weights are stored once
     for rank in ranks:
-        for third in rank["exchanged"][name_of(method)]["third"].values():
-            torch.testing.assert_close(torch.tensor(third[0]), torch.tensor(rank["ddp"][name_of(method)][2]), rtol=1e-6, atol=0)
-    alone = trainer(*method, tmp_path, batch_size=2)  # one process continues what two began
+        for third in rank["exchanged"][str(method)]["third"].values():
+            torch.testing.assert_close(torch.tensor(third[0]), torch.tensor(rank["ddp"][str(method)][2]), rtol=1e-6, atol=0)
+    alone = trainer(method, tmp_path, batch_size=2)  # one process continues what two began
     alone.load(sharded, tmp_path)
     assert all(torch.equal(value, sharded["ssl_state"][name]) for name, value in alone.model.state_dict().items())
     assert torch.isfinite(torch.tensor(steps(alone))).all()
