@@ -39,7 +39,7 @@ def _add(x: Tensor, drop_path: nn.Module, branch: Callable[[Tensor, Tensor | Non
     rate = float(getattr(drop_path, "drop_prob", 0.0) or 0.0)
     if not rate:
         return x + branch(x, None)
-    kept = torch.empty(len(x), dtype=x.dtype if x.device.type == "cpu" else torch.float32).bernoulli_(1 - rate).nonzero()[:, 0]
+    kept = torch.empty(len(x), dtype=x.dtype if x.device.type == "cpu" else torch.float32, device="cpu").bernoulli_(1 - rate).nonzero()[:, 0]
     scale = 1 / (1 - rate) if len(kept) else 0.0
     if len(kept) == len(x):
         return x + scale * branch(x, None)

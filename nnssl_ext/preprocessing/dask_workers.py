@@ -41,6 +41,7 @@ def outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: in
         raise UserError("Dask is not installed", "option --dask-scheduler", "pip install 'nnssl_ext[dask]'")
     waiting = deque(enumerate(items))
     running: dict[Any, int] = {}
+    suspects: list[int] = []  # were on workers that died
     with ExitStack() as stack:
         client = _connect(cluster, processes, stack)
         guard = MemoryGuard(_budget(client), memory)
@@ -55,7 +56,12 @@ def outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: in
             future = next(finished)
             index = running.pop(future)
             guard.release(index)
-            yield index, _outcome(future)
+            if isinstance(future.exception(), distributed.scheduler.KilledWorker):
+                suspects.append(index)
+            else:
+                yield index, _outcome(future)
+        for index in sorted(suspects):  # one at a time tells whose fault it was
+            yield index, _outcome(client.submit(_alone, function, items[index], pure=False))
 
 
 def _outcome(future: Any) -> Any:

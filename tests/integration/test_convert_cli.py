@@ -135,9 +135,7 @@ def test_crops_of_a_download_leave_its_test_set_alone(folders, tmp_path):
         (["{luna}", "-d", "900", "-name", "A"], "ID 900 belongs to Dataset900_Mine"),
         (["{luna}", "-d", "900", "-name", "Mine"], "not made by nnssl_convert"),
         (["{luna}", "-d", "801", "-name", "A", "--crops", "3"], "no volume has a crop of 128x128x128"),
-        (["{luna}", "-d", "801", "-name", "A", "--crops", "0"], "nothing to cut"),
         (["{luna}", "-d", "801", "-name", "A", "--crops", "3", "-foreground", "70"], "between 0 and 1"),
-        (["{luna}", "-d", "801", "-name", "A", "--crops", "3", "-size", "0", "8", "8"], "positive"),
     ],
 )
 def test_a_mistake_is_one_error_of_three_lines(folders, tmp_path, capsys, arguments, said):
