@@ -234,10 +234,11 @@ def _is_earlier(owner: dict[str, Any]) -> bool:
 
 
 def _alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and was not waited for (in containers often for ever) does not."""
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:  # another user's, or a system without /proc
         return True
-    return True

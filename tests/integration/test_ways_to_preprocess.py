@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nnssl_ext.cli import plan_and_preprocess, preprocess
@@ -76,8 +77,10 @@ def test_killed_and_run_again(planned):
         run = start("-np", "2")
         while run.poll() is None and len(list(folder.glob("*.json"))) < wanted:
             time.sleep(0.005)
+        workers = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
         run.send_signal(signal.SIGKILL)
         run.wait()
+        assert not psutil.wait_procs(workers, 60)[1]  # they end with their parent
     assert preprocess.main([*CONFIGURATION, "-np", "1"]) == 0
     assert content(folder) == whole
 

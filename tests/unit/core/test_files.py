@@ -200,6 +200,16 @@ def test_a_lock_that_says_nothing_readable_is_respected(tmp_path, raw):
         pass
 
 
+def test_a_process_that_ended_but_was_not_waited_for_counts_as_gone():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays as a zombie
+    assert not files._alive(pid)
+    os.waitpid(pid, 0)
+    assert not files._alive(pid) and files._alive(os.getpid())
+
+
 def test_a_process_of_another_user_counts_as_alive(monkeypatch):
     def denied(*_):
         raise PermissionError
