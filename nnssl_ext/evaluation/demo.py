@@ -212,7 +212,8 @@ def _pretraining(run: Path) -> Section:
         f"{settings['trainer']} on {settings['family']}: {settings['cases']['train']} volumes for training, "
         f"{settings['cases']['validation']} of other subjects for validation."
     )
-    section.image(run / "progress.png", "Loss, learning rate and throughput over the epochs.")
+    curves = "Loss, spread and rank of the features, learning rate and throughput over the epochs."
+    section.image(run / "progress.png", f"{curves} With few subjects, the validation loss is that of scans unlike those trained on.")
     pictures = sorted((run / "pictures").glob("*.png"))
     section.image(pictures[0], "Crop, visible part and reconstruction after the first epoch (three orthogonal slices each).")
     section.image(pictures[-1], "The same after the last epoch.")
