@@ -109,8 +109,8 @@ def check_support(backbone: type[Backbone], needs: Iterable[frozenset[str]], met
         raise UserError(f"{method} needs {wanted}; {backbone.family} offers {', '.join(sorted(offered))}", "option -b", "choose another backbone or trainer")
 
 
-def check_divisible(patch_size: Sequence[int], divisor: Sequence[int], what: str) -> None:
-    """Raise a `UserError` unless every axis of the patch is a multiple of `divisor`."""
-    if any(size % step for size, step in zip(patch_size, divisor)):
-        shape, steps = "x".join(map(str, patch_size)), "x".join(map(str, divisor))
-        raise UserError(f"patch size {shape} is not divisible by the {what} {steps}", "patch_size of the plan", "round each axis to a multiple, or plan again")
+def check_divisible(size: Sequence[int], divisor: Sequence[int], what: str, name: str = "patch size", where: str = "patch_size of the plan") -> None:
+    """Raise a `UserError` unless every axis of `size`, called `name`, is a multiple of `divisor`, called `what`."""
+    if any(edge % step for edge, step in zip(size, divisor, strict=True)):
+        shape, steps = "x".join(map(str, size)), "x".join(map(str, divisor))
+        raise UserError(f"{name} {shape} is not divisible by the {what} {steps}", where, "round each axis to a multiple, or plan again")
