@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.augment import Step, apply
-from nnssl_ext.data.views import View, ViewSpec
+from nnssl_ext.data.views import View, ViewSpec, of_batch
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -32,6 +32,8 @@ class ViewBatch:
         cases: index of each sample's case in the store.
         affine: (B, 3, 4) float64 on the CPU, from voxels of the view to voxels of the case.
         intensity: augmentation of each sample that the loader left to the device.
+        hidden: (M,) int64, ascending: places of the hidden cells in the flattened mask; None without a mask.
+            Found by the loader, since a device would have to wait for their number.
     """
 
     image: Tensor
@@ -39,18 +41,21 @@ class ViewBatch:
     cases: tuple[int, ...]
     affine: Tensor
     intensity: tuple[tuple[Step, ...], ...] = ()
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> ViewBatch:
         """On the device, augmented there as far as the loader hasn't done it."""
-        image, mask = self.image.to(device, non_blocking=True), None if self.mask is None else self.mask.to(device, non_blocking=True)
+        image = self.image.to(device, non_blocking=True)
+        mask, hidden = (None if part is None else part.to(device, non_blocking=True) for part in (self.mask, self.hidden))
         if self.intensity:
             image = image.clone() if image is self.image else image
             for sample, steps in zip(image, self.intensity):
                 apply(sample, steps)
-        return replace(self, image=image, mask=mask, intensity=())
+        return replace(self, image=image, mask=mask, intensity=(), hidden=hidden)
 
     def pin_memory(self) -> ViewBatch:
-        return replace(self, image=self.image.pin_memory(), mask=None if self.mask is None else self.mask.pin_memory())
+        mask, hidden = (None if part is None else part.pin_memory() for part in (self.mask, self.hidden))
+        return replace(self, image=self.image.pin_memory(), mask=mask, hidden=hidden)
 
 
 Batch = dict[str, ViewBatch]
@@ -61,7 +66,7 @@ class StepDataset(Dataset[Batch]):
 
     The samples of all ranks are numbered through: sample n = (k * ranks + rank) * batch_size + i. Its case comes from
     a seeded permutation of all cases per pass, its views from ``sample_rng(seed, n)``; so one rank with batch 4 and two
-    ranks with batch 2 see the same samples.
+    ranks with batch 2 see the same samples. What the samples of a batch share (`views.of_batch`) is drawn once for all ranks.
 
     A case is compared with its recorded hash when it is drawn for the first time, by whichever process.
 
@@ -111,7 +116,8 @@ class StepDataset(Dataset[Batch]):
         cases = tuple(self.case(n) for n in numbers)
         for case in cases:
             self._check(case)
-        samples = [self.spec.sample(self.store, case, sample_rng(self.seed, n, self.stream)) for case, n in zip(cases, numbers)]
+        specs = of_batch(self.spec, self.ranks * self.batch_size, sample_rng(self.seed, step, f"{self.stream} batch"))[self.rank * self.batch_size :]
+        samples = [spec.sample(self.store, case, sample_rng(self.seed, n, self.stream)) for spec, case, n in zip(specs, cases, numbers)]
         return {name: _collate([sample[name] for sample in samples], cases, self.on_device) for name in samples[0]}
 
     def _check(self, case: int) -> None:
@@ -143,8 +149,10 @@ def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> 
         for sample, drawn in zip(image, steps):
             apply(sample, drawn)
     masks = [torch.from_numpy(view.mask) for view in views if view.mask is not None]
+    mask = torch.stack(masks) if masks else None
+    hidden = None if mask is None else mask.flatten().nonzero().flatten()
     affine = torch.from_numpy(np.stack([view.affine for view in views]))
-    return ViewBatch(image, torch.stack(masks) if masks else None, cases, affine, steps if on_device and any(steps) else ())
+    return ViewBatch(image, mask, cases, affine, steps if on_device and any(steps) else (), hidden)
 
 
 def batches(dataset: Dataset[Batch], start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:

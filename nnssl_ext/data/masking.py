@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nnssl_ext.data.views import Crop, View
+from nnssl_ext.data.views import Crop, MultiCrop, View
 from nnssl_ext.preprocessing.store import CaseStore
+
+_VOLUME = (0.2, 0.8)  # of a box, over the volume that is hidden in all; uniform
+_ROUNDING = 1e-9  # of a share times a number, such as 0.29 * 100
+_ASPECT = 2.0  # an edge is longer or shorter than a cube's by this factor at most, before all three are scaled to the volume; log-uniform
 
 
 def block_grid(patch_size: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
@@ -30,6 +35,49 @@ def random_blocks(grid: Sequence[int], ratio: float, rng: np.random.Generator) -
     hidden = np.zeros(count, bool)
     hidden[rng.permutation(count)[: min(max(round(ratio * count), 1), count - 1)]] = True
     return hidden.reshape(tuple(grid))
+
+
+def random_boxes(grid: Sequence[int], count: int, rng: np.random.Generator) -> np.ndarray:
+    """Hide exactly `count` cells as a union of random boxes.
+
+    Boxes may stick out of the grid, so that cells at its border are hidden as often as those in its middle (of boxes inside
+    a 12^3 grid the corners hold a twentieth of what the middle does). The last box is filled layer by layer from one of its
+    six sides, the last layer row by row.
+
+    Args:
+        grid: cells along (z, y, x).
+        count: cells to hide, from 0 to all.
+
+    Returns:
+        bool (d, h, w), True = hidden.
+    """
+    hidden, left = np.zeros(tuple(grid), bool), count
+    while left:
+        edges = _box_edges(grid, rng.uniform(*_VOLUME) * count, _ASPECT ** rng.uniform(-1, 1, 3))
+        starts = rng.integers(1 - np.array(edges), grid).tolist()
+        box = np.moveaxis(hidden[tuple(slice(max(0, start), start + edge) for start, edge in zip(starts, edges))], rng.integers(3), 0)
+        box = box[:: 1 - 2 * int(rng.integers(2))]
+        fresh = np.nonzero(~box)
+        box[tuple(axis[:left] for axis in fresh)] = True
+        left -= min(left, len(fresh[0]))
+    return hidden
+
+
+def _box_edges(grid: Sequence[int], volume: float, aspect: np.ndarray) -> list[int]:
+    """Whole edges in about these proportions and with about this volume: an axis that is too short is filled, and the others make up for it."""
+    edges, axes = [1, 1, 1], sorted(range(3), key=lambda axis: grid[axis] / aspect[axis])
+    while axes:
+        scale = (volume / math.prod(aspect[axis] for axis in axes)) ** (1 / len(axes))
+        axis = axes.pop(0)
+        edges[axis] = min(grid[axis], max(1, round(scale * aspect[axis])))
+        volume /= edges[axis]
+    return edges
+
+
+def stratified_counts(strata: int, low: int, high: int, rng: np.random.Generator) -> np.ndarray:
+    """One whole number from each of equal strata of [low, high], in random order; the mean of stratum k is low + (high - low) * (k + 0.5) / strata."""
+    values = low + (high - low) * (np.arange(strata) + rng.random(strata)) / max(strata, 1)
+    return rng.permutation(np.floor(values + rng.random(strata)).astype(int))  # rounded at random, so that no mean moves
 
 
 def mask_block(patch_size: Sequence[int], edge: int = 16) -> tuple[int, ...]:
@@ -54,3 +102,45 @@ class MaskedCrop:
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         view = self.crop.sample(store, case, rng)["image"]
         return {"image": replace(view, mask=random_blocks(block_grid(self.crop.patch_size, self.block), self.ratio, rng))}
+
+
+@dataclass(frozen=True)
+class MaskedMultiCrop:
+    """Multi-crop views whose global ones carry masks of boxes; the crops are those of `crops`, bit for bit.
+
+    Of the global crops of a batch exactly floor(probability * crops) have hidden cells (the masks of others hide nothing).
+    How many is stratified over [ceil(ratio[0] * cells), floor(ratio[1] * cells)]. A sample that is drawn by itself is a
+    batch of one.
+
+    Args:
+        crops: the views.
+        token: voxels of a cell, (z, y, x).
+        probability: share of the global crops that have hidden cells, [0, 1].
+        ratio: range of the share of hidden cells in such a crop, [0, 1].
+        counts: cells to hide in each global crop of this sample; None: not drawn yet.
+
+    Source: Zhou et al. 2022, arXiv:2111.07832 (masks of blocks); Oquab et al. 2023, arXiv:2304.07193 (over the batch).
+    """
+
+    crops: MultiCrop
+    token: tuple[int, ...]
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.3, 0.6)
+    counts: tuple[int, ...] | None = None
+
+    def of_batch(self, count: int, rng: np.random.Generator) -> list[MaskedMultiCrop]:
+        """The specification of each of a batch's `count` samples."""
+        cells = math.prod(block_grid(self.crops.global_size, self.token))
+        low, high = math.ceil(self.ratio[0] * cells - _ROUNDING), math.floor(self.ratio[1] * cells + _ROUNDING)
+        masked = math.floor(self.probability * 2 * count + _ROUNDING)
+        counts = np.zeros(2 * count, int)
+        counts[rng.permutation(2 * count)[:masked]] = stratified_counts(masked, min(low, high), high, rng)
+        return [replace(self, counts=tuple(pair)) for pair in counts.reshape(count, 2).tolist()]
+
+    def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
+        views = self.crops.sample(store, case, rng)
+        counts = self.counts or self.of_batch(1, rng)[0].counts or ()
+        for i, count in enumerate(counts):
+            view = views[f"global_{i}"]
+            views[f"global_{i}"] = replace(view, mask=random_boxes(block_grid(self.crops.global_size, self.token), count, rng))
+        return views

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.data.views import View, ViewSpec
+from nnssl_ext.data.views import View, ViewSpec, of_batch
 from nnssl_ext.preprocessing.store import CaseStore
 
 
@@ -32,6 +32,9 @@ class Transformed:
 
     spec: ViewSpec
     transform: Callable[..., dict[str, Any]]
+
+    def of_batch(self, count: int, rng: np.random.Generator) -> list[Transformed]:
+        return [replace(self, spec=spec) for spec in of_batch(self.spec, count, rng)]
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         return {name: replace(view, image=self._image(view.image, int(rng.integers(0, 2**32)))) for name, view in self.spec.sample(store, case, rng).items()}

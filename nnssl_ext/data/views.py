@@ -34,9 +34,18 @@ class View:
 
 
 class ViewSpec(Protocol):
-    """What a method asks the loader for; a pure function of (store, case, rng)."""
+    """What a method asks the loader for; a pure function of (store, case, rng).
+
+    A specification may also have ``of_batch(count, rng)``, see `of_batch`.
+    """
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]: ...
+
+
+def of_batch(spec: ViewSpec, count: int, rng: np.random.Generator) -> Sequence[ViewSpec]:
+    """The specification of every sample of a batch, where the samples of a batch depend on each other; the same for all where they don't."""
+    drawn: Sequence[ViewSpec] = spec.of_batch(count, rng) if hasattr(spec, "of_batch") else [spec] * count
+    return drawn
 
 
 def read_box(store: CaseStore, case: int, box: Box) -> np.ndarray:

@@ -5,29 +5,34 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nnssl_ext.data import augment
 from nnssl_ext.data.loader import StepDataset, batches, split_subjects
-from nnssl_ext.data.masking import MaskedCrop
+from nnssl_ext.data.masking import MaskedCrop, MaskedMultiCrop
 from nnssl_ext.data.spatial import NNUNET
-from nnssl_ext.data.views import Crop
+from nnssl_ext.data.views import Crop, MultiCrop
 from tests.make_data import ArrayStore
 
 SPEC = MaskedCrop(Crop((16, 16, 16)), (8, 8, 8), 0.75)
 AUGMENTED = MaskedCrop(Crop((16, 16, 16), replace(NNUNET, p_rotation=0.6, p_zoom=0.6), augment.NNUNET), (8, 8, 8), 0.75)
+MASKED = MaskedMultiCrop(MultiCrop((16, 12, 16), (8, 8, 8), 2, intensity=augment.NNUNET), (4, 4, 4))
 
 
 def digest(batch) -> str:
-    view = batch["image"]
-    return hashlib.sha256(view.image.numpy().tobytes() + view.mask.numpy().tobytes() + view.affine.numpy().tobytes() + repr(view.cases).encode()).hexdigest()
+    content = b""
+    for name, view in sorted(batch.items()):
+        parts = (view.image, view.affine) if view.mask is None else (view.image, view.affine, view.mask, view.hidden)
+        content += name.encode() + b"".join(part.numpy().tobytes() for part in parts) + repr(view.cases).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def dataset(batch_size=4, rank=0, ranks=1, cases=range(8), spec=SPEC) -> StepDataset:
     return StepDataset(ArrayStore(), spec, list(cases), 3, batch_size, rank=rank, ranks=ranks)
 
 
-@pytest.mark.parametrize("spec", [SPEC, AUGMENTED])
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("spec", [SPEC, AUGMENTED, MASKED])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_batches_are_identical_with_any_number_of_workers(workers, spec):
     assert [digest(b) for b in batches(dataset(spec=spec), 0, 9, workers)] == [digest(b) for b in batches(dataset(spec=spec), 0, 9, 0)]
 
@@ -36,12 +41,48 @@ def test_starting_at_a_step_gives_the_batches_of_an_uninterrupted_run():
     assert [digest(b) for b in batches(dataset(), 5, 9)] == [digest(b) for b in batches(dataset(), 0, 9)][5:]
 
 
-@pytest.mark.parametrize("spec", [SPEC, AUGMENTED])
+@pytest.mark.parametrize("spec", [SPEC, AUGMENTED, MASKED])
 def test_one_rank_and_two_ranks_see_the_same_samples(spec):
     def samples(parts):
-        return sorted(hashlib.sha256(image.numpy().tobytes()).hexdigest() for part in parts for k in range(6) for image in part[k]["image"].image)
+        """Every view of every sample, in the order of the samples."""
+        found = []
+        for k in range(6):
+            for batch in [part[k] for part in parts]:
+                size = len(next(iter(batch.values())).image)
+                found += [
+                    [hashlib.sha256(part[i].numpy().tobytes()).digest() for v in batch.values() for part in (v.image, v.mask) if part is not None]
+                    for i in range(size)
+                ]
+        return found
 
-    assert samples([dataset(4, spec=spec)]) == samples([dataset(2, rank, 2, spec=spec) for rank in range(2)])
+    whole, halves = samples([dataset(4, spec=spec)]), samples([dataset(2, rank, 2, spec=spec) for rank in range(2)])
+    assert whole == halves and len(whole) == 24
+
+
+@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (3, 1), (2, 2), (1, 4)])
+def test_half_of_the_global_crops_of_all_ranks_are_masked_and_their_hidden_cells_are_listed(batch_size, ranks):
+    masked = 0
+    for rank in range(ranks):
+        batch = dataset(batch_size, rank, ranks, spec=MASKED)[5]
+        for name, view in batch.items():
+            if name.startswith("local"):
+                assert view.mask is None and view.hidden is None
+            else:
+                assert view.hidden.dtype == torch.int64 and torch.equal(view.hidden, view.mask.flatten().nonzero()[:, 0])
+                masked += int(view.mask.flatten(1).any(1).sum())
+    assert masked == batch_size * ranks
+
+
+def test_masks_differ_from_step_to_step_and_between_training_and_validation():
+    val = StepDataset(ArrayStore(), MASKED, range(8), 3, 4, stream="val")
+    hidden = [tuple(data[k]["global_0"].hidden.tolist()) for data in (dataset(spec=MASKED), val) for k in range(4)]
+    assert len(set(hidden)) == 8
+
+
+def test_hidden_cells_go_to_the_device_with_their_view():
+    view = dataset(spec=MASKED)[0]["global_0"]
+    moved = view.to(torch.device("meta"))
+    assert moved.hidden.device.type == moved.mask.device.type == moved.image.device.type == "meta" and moved.hidden.shape == view.hidden.shape
 
 
 def test_every_case_is_drawn_once_per_pass():
