@@ -1,0 +1,67 @@
+"""Retrieval of corresponding patches across two views of a case: a figure of the quality of dense features that needs no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERIES = 256  # of each sample, at most
+REACH = 1.0  # tokens; how far from the true place the retrieved token may lie
+_EXACT = 1e-6  # tokens; what rounding may add to a place
+
+
+@torch.no_grad()
+def retrieval(
+    features_a: Tensor, features_b: Tensor, affine_a: Tensor, affine_b: Tensor, grid: Sequence[int], token: Sequence[int], queries: int = QUERIES
+) -> dict[str, Tensor]:
+    """How often the token of view b that is most similar to a token of view a lies where that token's centre does.
+
+    A query is a token of view a whose centre lies between the centres of the outermost tokens of view b, that is inside of view b
+    by half a token at least. It is a hit when the most similar token (cosine; the first of several) is at most one token away.
+    With affines on the CPU, where a `ViewBatch` has them, nothing makes the host wait for the device.
+
+    Args:
+        features_a, features_b: tokens of the two views, (B, N, C).
+        affine_a, affine_b: from voxels of each view to voxels of the case, (B, 3, 4), see `data.spatial`.
+        grid: tokens along each axis, (d, h, w); their product is N.
+        token: voxels of a token, (z, y, x).
+        queries: of each sample, at most; tokens of a are left out evenly.
+
+    Returns:
+        scalars: "hits", share of the queries; "chance", the share that random features reach; "count" of queries. All are 0 where the views don't overlap.
+    """
+    cells_N3 = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
+    chosen_Q, edge_3 = _strided(grid, queries), torch.tensor(token, dtype=torch.float64)
+    place_BQ3 = _carry((cells_N3[chosen_Q] + 0.5) * edge_3 - 0.5, affine_a.cpu().double(), affine_b.cpu().double())
+    place_BQ3 = (place_BQ3 + 0.5) / edge_3 - 0.5  # in tokens of b
+    place_BQ3, cells_N3, chosen_Q = (x.to(features_a.device, non_blocking=True) for x in (place_BQ3, cells_N3, chosen_Q))
+    last_3 = cells_N3[-1]
+    valid_BQ = ((place_BQ3 >= -_EXACT) & (place_BQ3 <= last_3 + _EXACT)).all(2)
+    near_BQN = torch.cdist(place_BQ3, cells_N3.expand(len(place_BQ3), -1, -1), compute_mode="donot_use_mm_for_euclid_dist") <= REACH + _EXACT
+    with torch.autocast(features_a.device.type, enabled=False):
+        query_BQC, key_BNC = (F.normalize(x.float(), dim=2) for x in (features_a[:, chosen_Q], features_b))
+        found_BQ1 = (query_BQC @ key_BNC.mT).argmax(2, keepdim=True)
+    count = valid_BQ.sum()
+    hits, chance = near_BQN.gather(2, found_BQ1)[..., 0].float(), near_BQN.float().mean(2)
+    return {"hits": (hits * valid_BQ).sum() / count.clamp_min(1), "chance": (chance * valid_BQ).sum() / count.clamp_min(1), "count": count}
+
+
+def _carry(points_Q3: Tensor, affine_a: Tensor, affine_b: Tensor) -> Tensor:
+    """Voxels of view a as voxels of view b, (B, Q, 3)."""
+    case_BQ3 = points_Q3 @ affine_a[:, :, :3].mT + affine_a[:, None, :, 3]
+    carried: Tensor = (case_BQ3 - affine_b[:, None, :, 3]) @ torch.linalg.inv(affine_b[:, :, :3]).mT
+    return carried
+
+
+def _strided(grid: Sequence[int], most: int) -> Tensor:
+    """Indices of at most `most` tokens: every s-th one of each axis, in its middle; s is the smallest that is enough."""
+    for step in range(1, max(grid) + 1):
+        counts = [-(-n // step) for n in grid]
+        if counts[0] * counts[1] * counts[2] <= most:
+            break
+    axes = [torch.arange((n - 1) % step // 2, n, step) for n in grid]
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    return ((z * grid[1] + y) * grid[2] + x).flatten()

@@ -1,0 +1,135 @@
+"""Retrieval of corresponding patches against plain loops in fp64, perfect features and features that know nothing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.data.spatial import make_affine, rotation_matrix, to_case, to_crop
+from nnssl_ext.nn.correspondence import QUERIES, retrieval
+
+GRID, TOKEN = (4, 5, 6), (4, 2, 3)
+SIZE = tuple(g * t for g, t in zip(GRID, TOKEN))
+
+
+def affine(center, degrees=(0, 0, 0), zoom=1.0, mirrored=(False, False, False), size=SIZE):
+    return make_affine(center, size, (1.0, 1.0, 1.0), rotation_matrix(np.array(degrees)), np.full(3, zoom), np.array(mirrored))
+
+
+def tensor(*affines):
+    return torch.from_numpy(np.stack(affines))
+
+
+def centres(of, grid=GRID, token=TOKEN):
+    """Token centres in voxels of the case, (N, 3)."""
+    cells = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+    return to_case(of, (cells + 0.5) * token - 0.5)
+
+
+def plain(a, b, affine_a, affine_b, chosen):
+    """Hits, chance and count by loops."""
+    hits, chance, count = 0, 0.0, 0
+    cells = [(z, y, x) for z in range(GRID[0]) for y in range(GRID[1]) for x in range(GRID[2])]
+    for sample in range(len(a)):
+        for query in chosen:
+            voxel = [(c + 0.5) * t - 0.5 for c, t in zip(cells[query], TOKEN)]
+            inside = to_crop(affine_b[sample], to_case(affine_a[sample], np.array(voxel)))
+            if any(v < (t - 1) / 2 - 1e-6 or v > s - (t + 1) / 2 + 1e-6 for v, t, s in zip(inside, TOKEN, SIZE)):
+                continue
+            similarity, near = [], []
+            for cell, features in zip(cells, b[sample].tolist()):
+                own = a[sample, query].tolist()
+                dot = sum(u * v for u, v in zip(own, features))
+                similarity.append(dot / math.sqrt(sum(u * u for u in own) * sum(v * v for v in features)))
+                centre = [(c + 0.5) * t - 0.5 for c, t in zip(cell, TOKEN)]
+                near.append(math.sqrt(sum(((v - c) / t) ** 2 for v, c, t in zip(inside, centre, TOKEN))) <= 1 + 1e-6)
+            hits, chance, count = hits + near[similarity.index(max(similarity))], chance + sum(near) / len(near), count + 1
+    return hits, chance, count
+
+
+def test_the_figures_equal_plain_loops():
+    rng = np.random.default_rng(0)
+    first = [affine((20, 20, 20)), affine((30.3, 18, 22), (10, -20, 30), 1.3), affine((20, 20, 20), mirrored=(True, False, True))]
+    second = [affine((22, 19.5, 21)), affine((29, 20, 20.2), (0, 25, -8), 0.9, (False, True, False)), affine((21, 21, 18), (90, 0, 0))]
+    a, b = rng.normal(size=(3, 120, 6)), rng.normal(size=(3, 120, 6))
+    for sample in range(3):  # features that partly know their place
+        a[sample, :, :3] += 0.2 * centres(first[sample])
+        b[sample, :, :3] += 0.2 * centres(second[sample])
+    found = retrieval(torch.from_numpy(a), torch.from_numpy(b), tensor(*first), tensor(*second), GRID, TOKEN)
+    hits, chance, count = plain(a, b, first, second, range(120))
+    assert int(found["count"]) == count > 100 and 0.05 < hits / count < 0.95
+    assert float(found["hits"]) == pytest.approx(hits / count, rel=1e-6) and float(found["chance"]) == pytest.approx(chance / count, rel=1e-6)
+
+
+def test_a_strided_choice_of_queries_is_counted_as_it_is():
+    rng = np.random.default_rng(0)
+    first, second = affine((20, 20, 20)), affine((20.5, 20, 20.5), zoom=1.2)
+    a, b = rng.normal(size=(1, 120, 6)), rng.normal(size=(1, 120, 6))
+    found = retrieval(torch.from_numpy(a), torch.from_numpy(b), tensor(first), tensor(second), GRID, TOKEN, queries=20)
+    chosen = [(z * 5 + y) * 6 + x for z in (0, 2) for y in (0, 2, 4) for x in (0, 2, 4)]  # of 18; every token would be 120
+    hits, chance, count = plain(a, b, [first], [second], chosen)
+    assert int(found["count"]) == count > 5
+    assert float(found["hits"]) == pytest.approx(hits / count, abs=1e-6) and float(found["chance"]) == pytest.approx(chance / count, rel=1e-6)
+
+
+VIEWS = {
+    "the same": affine((40, 40, 40)),
+    "shifted by a fraction of a token": affine((41.7, 39.2, 40.5)),
+    "mirrored": affine((40, 40, 40), mirrored=(True, True, True)),
+    "rotated": affine((41, 40, 39), (20, -35, 50)),
+    "rotated, mirrored and zoomed": affine((38, 41, 40), (-30, 10, 15), 1.2, (False, False, True)),
+}
+
+
+@pytest.mark.parametrize("other", VIEWS.values(), ids=VIEWS)
+def test_features_that_name_the_place_are_always_found(other):
+    """The code is a point of a sphere; near its pole cosines order points as their distances do."""
+
+    def code(of):
+        place = 0.01 * (centres(of, (6, 6, 6), (4, 4, 4)) - 40)
+        square = (place**2).sum(1, keepdims=True)
+        return torch.from_numpy(np.concatenate((2 * place, square - 1), 1) / (square + 1))[None]
+
+    size = (24, 24, 24)
+    first, second = affine((40, 40, 40), size=size), other + np.column_stack((np.zeros((3, 3)), other[:, :3] @ ((np.array(SIZE) - size) / 2)))
+    found = retrieval(code(first), code(second), tensor(first), tensor(second), (6, 6, 6), (4, 4, 4))
+    assert float(found["hits"]) == 1 and 40 < int(found["count"]) <= 216 and 0 < float(found["chance"]) < 0.05
+
+
+def test_features_that_know_nothing_are_found_by_chance():
+    generator = torch.Generator().manual_seed(0)
+    first, second = affine((40, 40, 40)), affine((42, 41, 40), (10, 0, 20))
+    a, b = (torch.randn(64, 120, 16, generator=generator) for _ in range(2))
+    found = retrieval(a, b, tensor(*[first] * 64), tensor(*[second] * 64), GRID, TOKEN)
+    hits, chance, count = (float(found[key]) for key in ("hits", "chance", "count"))
+    assert count > 3000 and abs(hits - chance) < 4 * math.sqrt(chance * (1 - chance) / count)
+
+
+def test_equal_views_count_every_token_and_their_neighbours_as_chance():
+    here, features = affine((40, 40, 40)), torch.randn(1, 120, 16)
+    found = retrieval(features, features, tensor(here), tensor(here), GRID, TOKEN)
+    pairs = 2 * (3 * 5 * 6 + 4 * 4 * 6 + 4 * 5 * 5)  # ordered face neighbours
+    assert float(found["hits"]) == 1 and int(found["count"]) == 120 and float(found["chance"]) == pytest.approx((120 + pairs) / 120**2)
+
+
+def test_views_that_do_not_overlap_have_no_query_and_no_nan():
+    features = torch.randn(1, 120, 16)
+    found = retrieval(features, features, tensor(affine((40, 40, 40))), tensor(affine((140, 40, 40))), GRID, TOKEN)
+    assert {key: float(value) for key, value in found.items()} == {"hits": 0, "chance": 0, "count": 0}
+
+
+@pytest.mark.parametrize("grid", [(12, 12, 12), (20, 20, 20), (8, 12, 16), (1, 40, 40)])
+def test_few_tokens_are_asked_for(grid):
+    here, cells = affine((0, 0, 0), size=grid), math.prod(grid)
+    features = torch.randn(1, cells, 4)
+    assert 0.3 * QUERIES < int(retrieval(features, features, tensor(here), tensor(here), grid, (1, 1, 1))["count"]) <= QUERIES
+
+
+def test_half_precision_under_autocast_is_compared_in_full_precision():
+    first, second = affine((40, 40, 40)), affine((41, 40.5, 39), (5, 5, 5))
+    a, b = torch.randn(2, 120, 16).bfloat16(), torch.randn(2, 120, 16).bfloat16()
+    arguments = (tensor(first, first), tensor(second, second), GRID, TOKEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = retrieval(a, b, *arguments)
+    assert found == retrieval(a.float(), b.float(), *arguments)
