@@ -50,6 +50,25 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
     return [float(value) for value in found]
 
 
+def stacked(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of equal shape, along a new first axis; without gradient."""
+    if not dist.is_initialized():
+        return tensor.detach()[None]
+    found = tensor.new_empty(ranks(), *tensor.shape)
+    dist.all_gather(list(found.unbind()), tensor.detach().contiguous())
+    return found
+
+
+def joined(x: Tensor) -> Tensor:
+    """The rows of all ranks, of which each may have another number, one below the other; only this rank's have a gradient."""
+    if not dist.is_initialized():
+        return x
+    counts = [int(count) for count in stacked(torch.tensor([len(x)], device=x.device))]
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x.detach()
+    return torch.cat([x if number == rank() else part[:count] for number, (part, count) in enumerate(zip(stacked(padded), counts))])
+
+
 def local(tensor: Any) -> Tensor:
     """This process's share of a sharded tensor, with the same memory; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
