@@ -94,6 +94,13 @@ class Centre(nn.Module):
 
 
 @torch.no_grad()
+def softmax(logits_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Row (n,) and column (K,) of softmax(logits / temperature): nothing balances the prototypes."""
+    column = _wide(logits_nK.new_zeros(logits_nK.shape[1]))
+    return _row_potential(logits_nK, temperature, column), column
+
+
+@torch.no_grad()
 def probabilities(logits_nK: Tensor, temperature: float, row: Tensor, column: Tensor, out: Tensor | None = None) -> Tensor:
     """exp(logits / temperature + row + column), (n, K).
 

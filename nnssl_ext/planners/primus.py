@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.core.plan import NetworkPlan, Plan
 from nnssl_ext.planners.memory import Footprint
 
 TOKEN = 8  # voxels along the finest axis
@@ -47,3 +48,13 @@ def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, targ
     batch, memory_gb = footprint.batch(target_gb, max_batch)
     kwargs: dict[str, Any] = {**preset, "patch_embed_size": list(token), "drop_path_rate": 0.2, "init_values": 0.1, "scale_attn_inner": True}
     return NetworkPlan(size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, memory_gb)
+
+
+def with_registers(plan: Plan, configuration: str, family: str, count: int) -> Plan:
+    """The plan with `count` register tokens in a network, learned tokens that all others attend to; as it is for 0."""
+    if not count:
+        return plan
+    config = plan.configuration(configuration)
+    network = config.network(family)
+    network = replace(network, kwargs={**network.kwargs, "num_register_tokens": count})
+    return replace(plan, configurations={**plan.configurations, configuration: replace(config, networks={**config.networks, family: network})})
