@@ -153,11 +153,11 @@ class DINOv2Model(nn.Module):
         summaries = summary if crops.small is None else torch.cat((summary, self.student(crops.small)[0]))
         head = self.student.ibot_head
         z, directions = head(tokens.flatten(0, 1)[crops.hidden]), head.directions()
-        weights = ibot_weights(crops.hidden, *tokens.shape[:2])
+        weights = ibot_weights(crops.mask.flatten(1), crops.hidden)
         said = self.student.dino_head(summaries), self.student.dino_head.directions()
         losses = {
             "dino": dino_loss(*said, dino.targets().unflatten(0, (2, -1)), STUDENT_TEMPERATURE),
-            "ibot": ibot_loss(z, directions, ibot.logits, (ibot.row, ibot.column), weights, temperature, STUDENT_TEMPERATURE),
+            "ibot": ibot_loss(z, directions, assign.targets(ibot.logits, temperature, ibot.row, ibot.column), weights, STUDENT_TEMPERATURE),
             "koleo": koleo(summary[: len(summary) // 2]) + koleo(summary[len(summary) // 2 :]),
         }
         return Output(losses, summary.detach(), patches, dino, ibot, (z.detach(), directions.detach()))
