@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.rng import torch_seed
@@ -24,15 +23,17 @@ from nnssl_ext.data.views import ViewSpec
 from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
 from nnssl_ext.preprocessing.store import CaseStore
-from nnssl_ext.trainers.checkpoint import load_latest, save_checkpoint
+from nnssl_ext.trainers.checkpoint import save_checkpoint
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, SPEED_ONLY
 from nnssl_ext.trainers.description import describe
 from nnssl_ext.trainers.guards import NonFiniteGuard
 from nnssl_ext.trainers.health import HealthMonitor
-from nnssl_ext.trainers.optim import choose_recipe, learning_rate, make_optimizer, parameter_groups
+from nnssl_ext.trainers.initial import Initial
+from nnssl_ext.trainers.optim import RECIPES, Recipe, choose_recipe, make_optimizer, parameter_groups, set_rates
 from nnssl_ext.trainers.pictures import draw_run, evaluating
-from nnssl_ext.trainers.resumption import content_of, restore
+from nnssl_ext.trainers.resumption import begin, content_of, restore
 from nnssl_ext.trainers.run_log import RunLog, milestones
+from nnssl_ext.trainers.schedules import polynomial
 from nnssl_ext.trainers.signals import Stopped, StopSignals
 from nnssl_ext.trainers.update import Outcome, Updater
 
@@ -42,8 +43,8 @@ Losses = dict[str, Tensor]
 class SSLTrainer:
     """Base of every pretraining method.
 
-    A method overrides `Config`, `views`, `build` and `step`, and where it needs to `param_groups`, `after_update`,
-    `picture` and `transferred`.
+    A method overrides `Config`, `views`, `build` and `step`, and where it needs to `recipes`, `param_groups`,
+    `schedule`, `after_update`, `picture` and `transferred`.
 
     Args:
         plan: the plan of the dataset.
@@ -83,8 +84,10 @@ class SSLTrainer:
     default_family: ClassVar[str] = "resenc"
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"pyramid"}),)  # the backbone must support one of these sets
     trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is trained and transferred
+    recipes: ClassVar[dict[str, Recipe]] = RECIPES  # by backbone family
     citation: ClassVar[str] = ""
     probe: Callable[[Backbone, torch.device], dict[str, float]] | None = None  # quality of frozen features, named figures
+    init: Initial | None = None  # the earlier checkpoint whose weights it starts from
     config: Any  # the method's own Config
     model: Any  # what its `build` returned
 
@@ -97,9 +100,10 @@ class SSLTrainer:
         self.network_plan = self.config_plan.network(self.family)
         check_support(families()[self.family], self.needs, type(self).__name__)
         self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-        self.recipe = choose_recipe(self.family, config)
+        self.recipe = choose_recipe(self.recipes, self.family, config)
         self.batch_size = config.batch_size or self.network_plan.batch_size
         self.total_steps = config.epochs * config.iterations
+        self.warmup_steps = round(self.recipe.warmup * self.total_steps)
         self.rank, self.ranks = distributed.rank(), distributed.ranks()
         self.best = math.inf
         self.workers = config.workers if config.workers is not None else 1 if device == "cpu" else min(8, os.cpu_count() or 1)
@@ -117,8 +121,12 @@ class SSLTrainer:
         raise NotImplementedError
 
     def param_groups(self, model: nn.Module) -> list[dict]:
-        """Groups for the optimiser; a group's "lr_scale" multiplies its learning rate."""
+        """Groups for the optimiser; "lr_scale" and "wd_scale" multiply a group's rates (`set_rates`), each "part" (a name) is clipped by itself."""
         return parameter_groups(model, self.recipe.weight_decay, spare=self.recipe.optimizer == "adamw")
+
+    def schedule(self, step: int) -> None:
+        """Set the learning rate of every parameter group, and the weight decay where it moves, before optimiser step `step`."""
+        set_rates(self.optimizer, polynomial(step, self.total_steps, self.recipe.lr, self.warmup_steps))
 
     def after_update(self, step: int) -> None:
         """Called after every optimiser step."""
@@ -143,18 +151,9 @@ class SSLTrainer:
         self.parallel = parallel.spread(self.model, self.config.sharding, self.device)
         self.optimizer = make_optimizer(self.param_groups(self.model), self.recipe)
         self.signals = StopSignals()
-        self.update = Updater(
-            self.parallel,
-            self.optimizer,
-            lambda batch: self.step(self.parallel, batch),
-            self.device,
-            precision=self.config.precision,
-            clip=self.recipe.clip,
-            accumulate=self.config.accumulate,
-            received=lambda: self.signals.received,
-        )
-        warm = max(round(self.recipe.warmup * self.total_steps), self.config.iterations)
-        self.health = HealthMonitor(self.backbone, self.config.iterations, armed=warm, active=self.rank == 0)
+        self.update = Updater(self.parallel, self.optimizer, self.step, self.device, self.config, clip=self.recipe.clip, signals=self.signals)
+        armed = max(self.warmup_steps, self.config.iterations)
+        self.health = HealthMonitor(self.backbone, self.config.iterations, armed=armed, active=self.rank == 0)
         self.guard = NonFiniteGuard(self.folder if self.rank == 0 else None, self.config.max_skips)
         self.val_data = self._dataset(self.val_cases, "val")
         self.next_step = 0
@@ -175,10 +174,7 @@ class SSLTrainer:
             if self.rank == 0:
                 stack.enter_context(FolderLock(self.folder))
             self.initialize()
-            if resume:
-                self.load(load_latest(self.folder), self.folder)
-            elif (self.folder / "checkpoint_latest.pth").exists():
-                raise UserError("the results folder already holds a run", self.folder, "continue it with --c, or move the folder away")
+            begin(self, resume)
             distributed.barrier()
             if self.next_step < self.total_steps:
                 self._loop(stack, min(stop_at or self.total_steps, self.total_steps))
@@ -214,9 +210,7 @@ class SSLTrainer:
             self.save("final")
 
     def _update(self, step: int, loader: Iterator[Batch]) -> Outcome:
-        rate = learning_rate(step, self.total_steps, self.recipe)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.schedule(step)
         self.parallel.train()
         numbers = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
         seeds = (torch_seed(self.config.seed, number * self.ranks + self.rank, "step") for number in numbers)
@@ -236,7 +230,7 @@ class SSLTrainer:
         steps = self.sums.pop("steps", 0.0)
         train = {name: distributed.mean(total / steps, self.device) for name, total in self.sums.items()} or {"total": math.nan}
         val, self.sums = self.validate(), {}
-        record: dict[str, Any] = {"epoch": epoch, "step": self.next_step, "lr": self.optimizer.param_groups[0]["lr"]}
+        record: dict[str, Any] = {"epoch": epoch, "step": self.next_step, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
         record |= {f"{side}/{name}": value for side, losses in (("train", train), ("val", val)) for name, value in losses.items()}
         figures, alarms = self.health.epoch(self.next_step, timing["data_wait_share"])
         for text in alarms:

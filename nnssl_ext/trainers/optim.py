@@ -1,8 +1,9 @@
-"""Optimiser, parameter groups and learning-rate schedule."""
+"""Recipes, the optimiser and its parameter groups."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ class Recipe:
     """Optimisation settings.
 
     Args:
-        optimizer: "sgd" (Nesterov momentum .99) or "adamw" (betas .9, .98).
+        optimizer: "sgd" (Nesterov momentum .99) or "adamw".
         lr: learning rate after the warm-up.
         weight_decay: decoupled for adamw; not applied there to biases, norms, positions and mask tokens.
         warmup: share of the steps over which the learning rate rises linearly from 0.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient (of each part, where the parameter groups name parts).
+        betas: of adamw.
     """
 
     optimizer: str
@@ -30,22 +32,23 @@ class Recipe:
     weight_decay: float
     warmup: float
     clip: float
+    betas: tuple[float, float] = (0.9, 0.98)
 
 
 # U-Nets as nnU-Net trains them (doi:10.1038/s41592-020-01008-z); transformers as Primus (arXiv:2503.01835)
 RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), "primus": Recipe("adamw", 3e-4, 5e-2, 0.05, 1.0)}
 
 
-def choose_recipe(family: str, config: Any) -> Recipe:
-    """The family's recipe with what `config` sets (its fields of the same names that are not None).
+def choose_recipe(recipes: Mapping[str, Recipe], family: str, config: Any) -> Recipe:
+    """The family's recipe, of RECIPES where `recipes` has none, with what `config` sets (its fields of the same names that are not None).
 
     Raises:
         UserError: unknown optimiser.
     """
-    chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)}
+    chosen = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(Recipe)}
     if chosen["optimizer"] not in (None, "sgd", "adamw"):
         raise UserError(f"unknown optimizer '{chosen['optimizer']}'", "option -o optimizer", "known: sgd, adamw")
-    return dataclasses.replace(RECIPES[family], **{key: value for key, value in chosen.items() if value is not None})
+    return dataclasses.replace({**RECIPES, **recipes}[family], **{key: value for key, value in chosen.items() if value is not None})
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list[dict]:
@@ -62,12 +65,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list
 def make_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
         return SGD(groups, lr=recipe.lr, momentum=0.99, nesterov=True)
-    return AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    return AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
-def learning_rate(step: int, total: int, recipe: Recipe) -> float:
-    """Linear warm-up, then polynomial decay (power .9) to 0 at `total` steps."""
-    warm = round(recipe.warmup * total)
-    if step < warm:
-        return recipe.lr * (step + 1) / warm
-    return float(recipe.lr * (1 - (step - warm) / max(1, total - warm)) ** 0.9)
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None, frozen: Collection[str] = ()) -> None:
+    """Learning rate and weight decay of every group.
+
+    Args:
+        lr: times a group's "lr_scale", where it has one.
+        weight_decay: times a group's "wd_scale", where it has one; None leaves it as it is.
+        frozen: names of groups whose learning rate is 0.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if group.get("name") in frozen else lr * group.get("lr_scale", 1.0)
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay * group.get("wd_scale", 1.0)

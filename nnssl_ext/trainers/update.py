@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn import distributed
+from nnssl_ext.trainers.signals import StopSignals
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +25,7 @@ class Outcome:
 
     Args:
         values: mean losses over the micro-batches.
-        norm: of the gradient before clipping.
+        norm: of the whole gradient before clipping.
         applied: False where the step was skipped because something was not finite (on any rank).
         signal: number of the stop signal that reached any rank, or 0.
         scale: of the loss, in fp16.
@@ -42,31 +43,31 @@ class Updater:
 
     Args:
         model: the module to call, wrapped for several processes or not.
-        optimizer: its optimiser.
-        losses: named losses of a batch; "total" is optimised.
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 on CUDA, fp32 on the CPU.
-        clip: largest norm of the gradient.
-        accumulate: micro-batches per step.
-        received: the stop signal received so far, 0 for none.
+        optimizer: its optimiser; parameter groups with the same "part" (a name) form a part, those without one another.
+        losses: of the model and a batch, by name; "total" is optimised.
+        config: the trainer's; `precision` ("fp32", "bf16", "fp16", or "auto": bf16 on CUDA, fp32 on the CPU) and `accumulate`,
+            micro-batches per step, count here.
+        clip: largest norm of the gradient of each part.
+        signals: that may stop the run.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        losses: Callable[[Any], dict[str, Tensor]],
+        losses: Callable[[nn.Module, Any], dict[str, Tensor]],
         device: torch.device,
+        config: Any,
         *,
-        precision: str,
         clip: float,
-        accumulate: int,
-        received: Callable[[], int] = lambda: 0,
+        signals: StopSignals,
     ) -> None:
+        precision = config.precision
         if precision not in (*PRECISIONS, "auto"):
             raise UserError(f"unknown precision '{precision}'", "option -o precision", f"known: auto, {', '.join(PRECISIONS)}")
         self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
         self.dtype = PRECISIONS["bf16" if device.type == "cuda" else "fp32"] if precision == "auto" else PRECISIONS[precision]
-        self.clip, self.accumulate, self.received = clip, accumulate, received
+        self.clip, self.accumulate, self.signals = clip, config.accumulate, signals
         self.buffers = list(model.buffers())  # running statistics, queues, centres
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
@@ -90,15 +91,14 @@ class Updater:
             last = number == self.accumulate or not isinstance(self.model, DistributedDataParallel)
             with nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
                 with self.autocast():
-                    losses = self.losses(batch)
+                    losses = self.losses(self.model, batch)
                 self.scaler.scale(losses["total"] / self.accumulate).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulate
         self.scaler.unscale_(self.optimizer)
-        total: Any = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
-        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # of all shards
+        norm = self._clip()
         finite = math.isfinite(sums["total"]) and math.isfinite(norm)
-        broken, signal = distributed.largest([float(not finite), float(self.received())], self.device)
+        broken, signal = distributed.largest([float(not finite), float(self.signals.received)], self.device)
         if not broken:
             self.scaler.step(self.optimizer)
         else:
@@ -106,3 +106,12 @@ class Updater:
                 buffer.copy_(former)
         self.scaler.update()
         return Outcome(sums, norm, not broken, int(signal), scale)
+
+    def _clip(self) -> float:
+        """Clip the gradient of each part by its own norm; the norm of all of them before, read from the device once."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            parts.setdefault(group.get("part", ""), []).extend(group["params"])
+        norms: list[Any] = [nn.utils.clip_grad_norm_(parameters, self.clip) for parameters in parts.values()]
+        whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm.to(self.device) for norm in norms]  # of all shards
+        return math.hypot(*torch.stack(whole).tolist())

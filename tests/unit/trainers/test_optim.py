@@ -1,4 +1,4 @@
-"""Recipes, groups and schedule."""
+"""Recipes, groups and their rates."""
 
 import pytest
 import torch
@@ -6,20 +6,7 @@ from torch import nn
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.trainers.base import SSLTrainer
-from nnssl_ext.trainers.optim import RECIPES, Recipe, choose_recipe, learning_rate, make_optimizer, parameter_groups
-
-
-def test_the_learning_rate_rises_linearly_and_decays_polynomially():
-    recipe = Recipe("adamw", 1.0, 0.0, 0.1, 1.0)
-    rates = [learning_rate(step, 100, recipe) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5**0.9)
-    assert rates[99] == pytest.approx((1 / 90) ** 0.9)
-
-
-def test_without_warm_up_the_rate_starts_at_its_peak():
-    assert learning_rate(0, 1000, RECIPES["resenc"]) == 1e-2
+from nnssl_ext.trainers.optim import RECIPES, Recipe, choose_recipe, make_optimizer, parameter_groups
 
 
 def test_every_parameter_is_in_exactly_one_group_and_vectors_are_spared_of_decay():
@@ -34,12 +21,12 @@ def test_every_parameter_is_in_exactly_one_group_and_vectors_are_spared_of_decay
 
 
 def test_families_have_their_published_recipes_and_fields_override_them():
-    assert choose_recipe("resenc", SSLTrainer.Config()) == Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0)
-    assert choose_recipe("primus", SSLTrainer.Config(lr=1e-3, clip=3.0)) == Recipe("adamw", 1e-3, 5e-2, 0.05, 3.0)
+    assert choose_recipe(RECIPES, "resenc", SSLTrainer.Config()) == Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0)
+    assert choose_recipe(RECIPES, "primus", SSLTrainer.Config(lr=1e-3, clip=3.0)) == Recipe("adamw", 1e-3, 5e-2, 0.05, 3.0)
     sgd = make_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], RECIPES["resenc"])
     assert sgd.defaults["momentum"] == 0.99 and sgd.defaults["nesterov"]
 
 
 def test_unknown_optimisers_are_refused():
     with pytest.raises(UserError, match="unknown optimizer 'adam'"):
-        choose_recipe("resenc", SSLTrainer.Config(optimizer="adam"))
+        choose_recipe(RECIPES, "resenc", SSLTrainer.Config(optimizer="adam"))
