@@ -91,6 +91,16 @@ NNUNET = Intensity(
     gamma=Chance(0.3, 0.7, 1.5),
 )  # Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, with the probabilities of nnunetv2's trainer
 
+DINO = Intensity(
+    noise=Chance(0.3, 0.0, 0.15),
+    blur=Chance(0.4, 0.5, 1.0),
+    brightness=Chance(0.3, 0.8, 1.25),
+    contrast=Chance(0.3, 0.8, 1.25),
+    low_resolution=Chance(0.25, 0.5, 1.0),
+    gamma_inverted=Chance(0.15, 0.7, 1.5),
+    gamma=Chance(0.4, 0.7, 1.5),
+)  # for views of self-distillation, large and small ones alike: about as strong as nnU-Net's, but hardly a view goes without
+
 
 def apply(image: Tensor, steps: Sequence[Step]) -> None:
     """Change an image (C, z, y, x) by the drawn steps, in place: compiled on a CPU, by torch elsewhere; both agree up to rounding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,12 @@ def random_box(within: Box, size: Sequence[int], rng: np.random.Generator, body:
             return box
     assert body is not None
     return _search(firsts, counts, size, rng, body, minimum)
+
+
+def iou(first: Box, second: Box) -> float:
+    """Voxels that two boxes share over those that at least one of them holds, [0, 1]."""
+    shared = math.prod(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in zip(first, second))
+    return shared / (sum(math.prod(high - low for low, high in box) for box in (first, second)) - shared)
 
 
 def body_share(body: np.ndarray, box: Box) -> float:

@@ -3,10 +3,11 @@
 from dataclasses import fields
 
 import numpy as np
+import pytest
 import torch
 
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.data.augment import NNUNET, Chance, Intensity, apply
+from nnssl_ext.data.augment import DINO, NNUNET, Chance, Intensity, apply
 from nnssl_ext.data.loader import StepDataset
 from nnssl_ext.data.spatial import MILD
 from nnssl_ext.data.views import Crop
@@ -15,10 +16,11 @@ from tests.make_data import ArrayStore
 CERTAIN = Intensity(**{field.name: Chance(1.0, 0.75, 1.25) for field in fields(Intensity)})
 
 
-def test_chances_and_strengths_of_the_preset():
-    drawn = [NNUNET.draw(2, sample_rng(0, i)) for i in range(4000)]
+@pytest.mark.parametrize("preset", [NNUNET, DINO], ids=["nnunet", "dino"])
+def test_chances_and_strengths_of_the_presets(preset):
+    drawn = [preset.draw(2, sample_rng(0, i)) for i in range(4000)]
     for field in fields(Intensity):
-        chance = getattr(NNUNET, field.name)
+        chance = getattr(preset, field.name)
         mine = [[step for step in steps if step[0] == field.name] for steps in drawn]
         assert abs(np.mean([len(steps) for steps in mine]) / 2 - chance.p * chance.channels) < 0.02
         values = [step[2][0] for steps in mine for step in steps]
@@ -49,3 +51,14 @@ def test_augmentation_left_to_the_device_is_that_of_the_loader():
     moved = left.to(torch.device("cpu"))
     assert torch.equal(moved.image, loaded.image) and not moved.intensity
     assert torch.equal(left.image, before)
+
+
+def test_two_views_of_self_distillation_differ_but_are_still_recognised():
+    image = torch.from_numpy(ArrayStore(1, (32, 32, 32)).arrays[0])
+    likeness, plain = [], 0
+    for i in range(100):
+        steps, changed = DINO.draw(1, sample_rng(0, i)), image.clone()
+        apply(changed, steps)
+        plain += not steps
+        likeness.append(np.corrcoef(changed.flatten(), image.flatten())[0, 1])
+    assert plain < 15 and min(likeness) > 0.8 and np.isfinite(likeness).all()

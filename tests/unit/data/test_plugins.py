@@ -14,8 +14,9 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.augment import Chance, Intensity, apply
 from nnssl_ext.data.loader import StepDataset
+from nnssl_ext.data.masking import MaskedMultiCrop
 from nnssl_ext.data.plugins import Transformed
-from nnssl_ext.data.views import Crop
+from nnssl_ext.data.views import Crop, MultiCrop
 from tests.make_data import ArrayStore
 
 SPEC = Transformed(Crop((8, 8, 8)), GaussianNoiseTransform((0.1, 0.5)))
@@ -60,3 +61,10 @@ def test_transforms_come_before_the_drawn_intensities_and_batches_are_pure_funct
     for sample, steps in zip(left.image, left.intensity):
         apply(sample, steps)
     assert torch.equal(left.image, first)
+
+
+def test_what_the_samples_of_a_batch_share_reaches_the_specification_within():
+    spec = MaskedMultiCrop(MultiCrop((8, 8, 8), (4, 4, 4), 1), (2, 2, 2))
+    plain, changed = (StepDataset(ArrayStore(), one, range(8), 0, 3)[0] for one in (spec, Transformed(spec, GaussianNoiseTransform((0.1, 0.5)))))
+    for name in ("global_0", "global_1"):
+        assert torch.equal(plain[name].mask, changed[name].mask) and not torch.equal(plain[name].image, changed[name].image)

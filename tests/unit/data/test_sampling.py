@@ -1,11 +1,13 @@
 """Where crops are taken."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data import sampling
-from nnssl_ext.data.sampling import body_share, random_box, whole
+from nnssl_ext.data.sampling import body_share, iou, random_box, whole
 
 
 def share_by_voxels(body: np.ndarray, shape, box) -> float:
@@ -100,3 +102,15 @@ def test_a_box_stays_inside_the_box_around_it():
     for i in range(100):
         box = random_box(((5, 25), (-3, 17), (8, 40)), (10, 20, 11), sample_rng(0, i), np.ones((6, 6, 6), bool), 0.9)
         assert box[1] == (-3, 17) and 5 <= box[0][0] <= 15 and 8 <= box[2][0] <= 29
+
+
+def test_the_overlap_of_boxes_is_that_of_their_voxels():
+    rng = np.random.default_rng(0)
+    apart = 0
+    for _ in range(300):
+        lows = rng.integers(-4, 6, (2, 3))
+        boxes = [tuple((low, low + size) for low, size in zip(start.tolist(), rng.integers(1, 8, 3).tolist())) for start in lows]
+        first, second = ({*itertools.product(*(range(*side) for side in box))} for box in boxes)
+        assert iou(*boxes) == len(first & second) / len(first | second)
+        apart += not first & second
+    assert 30 < apart < 270

@@ -1,10 +1,14 @@
 """Crops, and the affines that say where they lie."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
 from nnssl_ext.core.rng import sample_rng
+from nnssl_ext.data import sampling
+from nnssl_ext.data import views as data_views
 from nnssl_ext.data.spatial import MIRROR, NNUNET, NONE, Spatial, between, bounds, nnunet, to_case
 from nnssl_ext.data.views import Crop, MultiCrop, read_box, read_crops
 from tests.make_data import ArrayStore
@@ -178,6 +182,50 @@ def test_multi_crop_of_a_small_case_keeps_proportions_and_is_magnified_no_more_t
             assert zoom[0] >= ((0.25 if name.startswith("global") else 0.03 * 8) ** (1 / 3) * 1.5) * (1 - 1e-9)
             if inside:
                 assert all(0 <= low and high <= n for (low, high), n in zip(bounds(view.affine, view.image.shape[1:]), shape))
+
+
+def overlap(first, second) -> float:
+    """IoU of two views that are not turned, of the whole voxels of the case that each of them spans."""
+    lows, highs = [], []
+    for view in (first, second):
+        reach, zoom = np.array(view.image.shape[1:]) - 1, np.abs(np.diag(view.affine))
+        edges = np.ceil(np.round(reach * zoom, 6)) + 1
+        lows.append(np.round(to_case(view.affine, reach / 2) - (edges - 1) / 2))
+        highs.append(lows[-1] + edges)
+    shared = np.prod(np.maximum(0, np.minimum(*highs) - np.maximum(*lows)))
+    return float(shared / (sum(np.prod(high - low) for low, high in zip(lows, highs)) - shared))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.6), (0.5, 0.7), (0.45, 0.5)])
+@pytest.mark.parametrize("size", [(24, 24, 24), (16, 24, 28)], ids=str)
+def test_the_large_crops_overlap_as_much_as_wanted(low, high, size):
+    store, spec = ArrayStore(1, shape=(60, 70, 80)), MultiCrop(size, (8, 8, 8), 1, spatial=MIRROR, overlap=(low, high))
+    found = []
+    for i in range(40):
+        views = spec.sample(store, 0, sample_rng(0, i))
+        found.append(overlap(views["global_0"], views["global_1"]))
+    assert low <= min(found) and max(found) <= high
+    free = [overlap(*list(replace(spec, overlap=None).sample(store, 0, sample_rng(0, i)).values())[:2]) for i in range(40)]
+    assert min(free) < low and max(free) > high
+
+
+def test_where_the_wanted_overlap_is_impossible_the_nearest_of_64_pairs_is_taken(monkeypatch):
+    store, tried = ArrayStore(1, shape=(60, 70, 80)), []
+    monkeypatch.setattr(data_views, "iou", lambda *boxes: tried.append(sampling.iou(*boxes)) or tried[-1])
+    for i in range(10):
+        for wanted, nearest in (((0.0, 0.01), min), ((1.0, 1.0), max)):
+            tried.clear()
+            spec = MultiCrop((16, 16, 16), (8, 8, 8), 0, spatial=MIRROR, overlap=wanted)
+            found = overlap(*spec.sample(store, 0, sample_rng(1, i)).values())
+            assert found == pytest.approx(nearest(tried)) and (len(tried) == 64 or wanted[0] <= found <= wanted[1])
+    alone = MultiCrop((16, 16, 16), (8, 8, 8), 0, spatial=MIRROR, overlap=(0.2, 0.4)).sample(ArrayStore(1, shape=(16, 16, 16)), 0, sample_rng(0, 0))
+    assert overlap(*alone.values()) == 1
+
+
+def test_an_overlap_that_any_pair_has_changes_nothing():
+    store, spec = ArrayStore(), MultiCrop((16, 16, 16), (8, 8, 8), 3)
+    plain, wide = (one.sample(store, 0, sample_rng(2, 0)) for one in (spec, replace(spec, overlap=(0.0, 1.0))))
+    assert all(np.array_equal(plain[name].image, wide[name].image) for name in plain)
 
 
 def test_views_are_pure_functions_of_seed_and_index():
