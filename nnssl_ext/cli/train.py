@@ -24,6 +24,8 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc or primus (default: the method's own)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
+    help_init = "start from the weights of an earlier checkpoint: all of them where the method is the same, else the backbone's"
+    result.add_argument("-init", metavar="CHECKPOINT", help=help_init)
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
     result.add_argument("-num_gpus", type=at_least_one, default=1, metavar="N", help="processes, one per card (default: 1)")
     result.add_argument("-probe", metavar="DATASET", help="labelled dataset (nnU-Net's raw format) on which the frozen features are tested now and then")
@@ -68,9 +70,8 @@ def run_of(options: argparse.Namespace) -> tuple[Run, ProbeMaker | None]:
 
         probe = partial(find_probe, options.probe)
     (trainer,) = options.tr
-    return Run(
-        options.dataset, options.configuration, trainer, options.p, options.b, tuple(options.o), options.device, options.c, options.val, options.replay
-    ), probe
+    how = {"resume": options.c, "validate_only": options.val, "replay": options.replay, "init": options.init}
+    return Run(options.dataset, options.configuration, trainer, options.p, options.b, tuple(options.o), options.device, **how), probe
 
 
 if __name__ == "__main__":

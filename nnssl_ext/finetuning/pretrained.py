@@ -16,6 +16,7 @@ from torch import Tensor
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Plan
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_divisible
+from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 
@@ -148,23 +149,6 @@ def adapt(pretrained: Pretrained, channels: int, patch_size: Sequence[int]) -> A
             tensors[positions] = resize_positions(tensors[positions], old, new)
             resized.append(positions)
     return Adapted(tensors, tuple(resized), tuple(repeated))
-
-
-def repeat_channels(weight: Tensor, channels: int) -> Tensor:
-    """An input projection for another number of channels.
-
-    Every new channel gets the sum over the old ones, divided by the number of new ones: an image repeated over all
-    channels is answered as before. For 1 -> C this is the weight repeated C times and divided by C.
-
-    Args:
-        weight: (out, old channels, z, y, x).
-        channels: new channels.
-
-    Returns:
-        (out, channels, z, y, x).
-    """
-    repeats = [1, channels] + [1] * (weight.ndim - 2)
-    return weight.sum(1, keepdim=True).repeat(repeats) / channels
 
 
 def _inside(key: str, modules: Sequence[str]) -> bool:

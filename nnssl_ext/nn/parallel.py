@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -147,10 +147,15 @@ def whole(content: Any, seen: dict[int, Tensor] | None = None) -> Any:
     return content
 
 
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Load a whole state dict, or with `strict` off a part of one, divided as the model is."""
+    own = model.state_dict()
+    model.load_state_dict({name: _divided(value, own.get(name)) for name, value in weights.items()}, strict=strict)
+
+
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Load whole state dicts of both, divided as the model is."""
-    own = model.state_dict()
-    model.load_state_dict({name: _divided(value, own.get(name)) for name, value in weights.items()})
+    load_weights(model, weights)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {number: {name: _divided(value, parameters[number]) for name, value in values.items()} for number, values in state["state"].items()}
     optimizer.load_state_dict({**state, "state": states})

@@ -90,8 +90,12 @@ def _write(content: dict[str, Any], path: Path) -> None:
         raise
 
 
-def load_checkpoint(path: Path | str) -> dict[str, Any]:
+def load_checkpoint(path: Path | str, foreign: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU; only tensors and plain types are accepted.
+
+    Args:
+        path: the file.
+        foreign: accept also one of nnssl, which has no format version.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint or of another format version.
@@ -109,7 +113,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict) or "network_weights" not in content:
         raise UserError("not a pretraining checkpoint (it has no 'network_weights')", path, "give a checkpoint that nnssl_train wrote")
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION and not (foreign and version is None):
         raise UserError(f"checkpoint format version {version}, this version reads {FORMAT_VERSION}", path, "use the version of nnssl_ext that wrote it")
     return content
 

@@ -39,6 +39,7 @@ def describe(trainer: SSLTrainer) -> dict[str, Any]:
         "batch_size": trainer.batch_size,
         "processes": trainer.ranks,
         "device": trainer.device.type,
+        "init": trainer.init.identity if trainer.init else None,
         "probe": getattr(trainer.probe, "dataset", None),
         "total_steps": trainer.total_steps,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
@@ -59,6 +60,7 @@ def command(run: Mapping[str, Any], default_family: str) -> str:
     words = ["nnssl_train", number[1] if number else run["dataset"], run["configuration"], "-tr", run["trainer"]]
     words += ["-p", run["plans"]] if run["plans"] != "nnsslPlans" else []
     words += ["-b", run["family"]] if run["family"] != default_family else []
+    words += ["-init", run["init"]["file"]] if run.get("init") else []
     words += ["-num_gpus", str(run["processes"])] if run["processes"] > 1 else []
     words += ["-probe", run["probe"]] if run.get("probe") else []
     words += ["-device", "cpu"] if run["device"] == "cpu" else []

@@ -18,6 +18,7 @@ from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.config import folder_suffix, parse_overrides
+from nnssl_ext.trainers.initial import Initial
 from nnssl_ext.trainers.replay import replay
 from nnssl_ext.trainers.signals import Stopped
 
@@ -38,6 +39,7 @@ class Run:
     resume: bool = False
     validate_only: bool = False
     replay: int | None = None
+    init: str | None = None
 
 
 def device_of(run: Run) -> str:
@@ -56,7 +58,8 @@ def make_trainer(run: Run) -> SSLTrainer:
     """The trainer that `run` describes; nothing is written or trained yet.
 
     Raises:
-        UserError: unknown dataset, plans, configuration, trainer, backbone family or hyper-parameter; no preprocessed cases.
+        UserError: unknown dataset, plans, configuration, trainer, backbone family or hyper-parameter; no preprocessed cases;
+            no checkpoint to start from.
     """
     device = device_of(run)
     name = dataset_name(run.dataset, (PREPROCESSED, RAW))
@@ -69,9 +72,13 @@ def make_trainer(run: Run) -> SSLTrainer:
     family = run.family or cls.default_family
     plan.configuration(run.configuration).network(family)
     store = CaseStore(preprocessed_folder(name) / plan.configuration(run.configuration).data_identifier)
-    parts = [run.trainer, run.plans, run.configuration, folder_suffix(config, family, cls.default_family)]
+    init = Initial.open(run.init, begun=run.resume or run.validate_only or run.replay is not None) if run.init else None
+    suffix = "_".join(filter(None, [folder_suffix(config, family, cls.default_family), init.tag if init else ""]))
+    parts = [run.trainer, run.plans, run.configuration, suffix]
     folder = results_folder(name) / "__".join(filter(None, parts)) / "fold_all"
-    return cls(plan, run.configuration, config, store, folder, family=family, device=device)
+    trainer = cls(plan, run.configuration, config, store, folder, family=family, device=device)
+    trainer.init = init
+    return trainer
 
 
 def start(run: Run, processes: int, command: Sequence[str], probe: ProbeMaker | None = None) -> int:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn import parallel
-from nnssl_ext.trainers.checkpoint import adaptation_plan, on_cpu
+from nnssl_ext.trainers.checkpoint import adaptation_plan, load_latest, on_cpu
 from nnssl_ext.trainers.config import as_plain, speed_only
+from nnssl_ext.trainers.initial import Initial
 
 if TYPE_CHECKING:
     from nnssl_ext.trainers.base import SSLTrainer
@@ -35,6 +36,7 @@ def content_of(trainer: SSLTrainer) -> dict[str, Any]:
         "scaler_state": trainer.update.scaler.state_dict(),
         "guard_state": trainer.guard.state(),
         "health_state": on_cpu(trainer.health.state_dict()),
+        "init": trainer.init.identity if trainer.init else None,
         "step": trainer.next_step,
         "sums": dict(trainer.sums),
         "best": trainer.best,
@@ -43,6 +45,20 @@ def content_of(trainer: SSLTrainer) -> dict[str, Any]:
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
         "data_hash": trainer.store.data_hash(),
     }
+
+
+def begin(trainer: SSLTrainer, resume: bool) -> None:
+    """Continue an initialised trainer from checkpoint_latest, or see that it begins in a new folder, from the weights of an earlier run where it has them.
+
+    Raises:
+        UserError: there is nothing to continue, or something to continue; weights that don't fit.
+    """
+    if resume:
+        trainer.load(load_latest(trainer.folder), trainer.folder)
+    elif (trainer.folder / "checkpoint_latest.pth").exists():
+        raise UserError("the results folder already holds a run", trainer.folder, "continue it with --c, or move the folder away")
+    elif trainer.init is not None:
+        trainer.init.fill(trainer)
 
 
 def restore(trainer: SSLTrainer, content: dict[str, Any], path: Path) -> None:
@@ -62,4 +78,5 @@ def restore(trainer: SSLTrainer, content: dict[str, Any], path: Path) -> None:
     trainer.update.scaler.load_state_dict(content["scaler_state"])
     trainer.guard.load(content["guard_state"])
     trainer.health.load_state_dict(content["health_state"])
+    trainer.init = Initial(content["init"]) if content.get("init") else None
     trainer.next_step, trainer.sums, trainer.best = content["step"], dict(content["sums"]), content["best"]
