@@ -73,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_z is not None:
                     grad_z[rows] = (gradient @ prototypes).to(wide) * scale[rows]
                 if grad_directions is not None:
-                    grad_directions += gradient.T @ scaled[rows]
+                    _add_product(grad_directions, gradient.T, scaled[rows])
             if grad_directions is not None:
                 grad_directions /= max(1, n)
         ctx.gradients = grad_z, grad_directions
@@ -83,6 +83,14 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if gradient is None else gradient * grad for gradient in ctx.gradients), None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without a matrix in between where the types agree."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += a @ b
 
 
 def dino_loss(z: Tensor, directions: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
