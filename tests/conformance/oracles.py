@@ -83,6 +83,40 @@ def toy_centre(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
+def dinov2(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Cross-entropies of every pair of views and of every hidden token, one after the other; targets by Sinkhorn on probabilities, not in logarithms."""
+    model, large = trainer.model, [batch["global_0"], batch["global_1"]]
+    small = [view.image for name, view in batch.items() if name.startswith("local_")]
+    tau = 0.04 + (trainer.temperatures[1] - 0.04) * trainer.next_step / trainer.total_steps
+    teacher, student = model.teacher.net, model.student
+
+    def logits(head, x: Tensor) -> Tensor:
+        z = head(x[None])[0]
+        return torch.stack([_sum(list(z * row)) / row.square().sum().sqrt() for row in head.prototypes])
+
+    with torch.no_grad():
+        told = [teacher(view.image) for view in large]
+        said = [[((logits(teacher.dino_head, x) - model.centre.value) / tau).softmax(0) for x in summaries] for summaries, _ in told]
+    seen = [student(view.image, view.mask) for view in large]
+    heard = [[(logits(student.dino_head, x) / 0.1).log_softmax(0) for x in summaries] for summaries in [s for s, _ in seen] + [student(x)[0] for x in small]]
+    pairs = [(i, j) for i in range(2) for j in range(len(heard)) if i != j]
+    dino = _mean([-(said[i][b] * heard[j][b]).sum() for i, j in pairs for b in range(len(heard[0]))])
+
+    places = [(v, b, n) for v, view in enumerate(large) for b, mask in enumerate(view.mask.flatten(1).tolist()) for n, hidden in enumerate(mask) if hidden]
+    with torch.no_grad():
+        scores = torch.stack([logits(teacher.ibot_head, told[v][1][b, n]) for v, b, n in places]).double()
+        shares = ((scores - scores.max()) / tau).exp()
+        for _ in range(3):
+            shares = shares / shares.sum(0)
+            shares = shares / shares.sum(1, keepdim=True)
+    terms = []
+    for target, (v, b, n) in zip(shares, places):
+        guess = (logits(student.ibot_head, seen[v][1][b, n]) / 0.1).log_softmax(0)
+        terms.append(-(target.to(guess.dtype) * guess).sum() / sum(place[:2] == (v, b) for place in places))
+    ibot = _sum(terms) / (2 * len(large[0].image))
+    return {"total": dino + ibot, "dino": dino, "ibot": ibot}
+
+
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["a"].image, batch["b"].image
 
@@ -105,6 +139,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
+    "DINOv2Trainer": dinov2,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,

@@ -20,7 +20,9 @@ from tests.make_data import tiny_plan, tiny_store
 from tests.toy_trainers import ToyTrainer
 
 STEPS = 20
-OPTIONS: Mapping[str, Mapping[str, Any]] = {}  # hyper-parameters that make a method small, by trainer; such as {"DINOTrainer": {"prototypes": 64}}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a method small, by trainer
+    "DINOv2Trainer": {"prototypes": 32, "hidden": 32, "bottleneck": 16, "locals": 2},
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""DINOv2 in 3D: self-distillation of whole crops and of hidden tokens, on Primus."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.plan import Plan
+from nnssl_ext.data.augment import DINO
+from nnssl_ext.data.checks import check_normalized, distinct_crops
+from nnssl_ext.data.loader import Batch
+from nnssl_ext.data.masking import MaskedMultiCrop
+from nnssl_ext.data.views import MultiCrop, ViewSpec
+from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.dinov2 import ROWS, Crops, DINOv2Model, HeadSize, Network, Output
+from nnssl_ext.nn.momentum import cosine_momentum, distance
+from nnssl_ext.planners.primus import local_crop, with_registers
+from nnssl_ext.preprocessing.store import CaseStore
+from nnssl_ext.trainers.base import Losses, SSLTrainer
+from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
+from nnssl_ext.trainers.dinov2_presets import CARD_GB, choose_preset
+from nnssl_ext.trainers.layer_decay import LAST_LAYER, layer_groups
+from nnssl_ext.trainers.optim import Recipe, set_rates
+from nnssl_ext.trainers.schedules import cosine, linear
+
+FEW_CROPS = 1000  # a dataset of fewer distinct crops is called small
+KOLEO_VOLUMES = 16  # per step, from which KoLeo is on: its gradient grows as one over the distance of the nearest neighbour
+CENTRE_CROPS = 128  # global crops per step from which Sinkhorn balances the summaries' targets, too; below they are centred
+
+
+class DINOv2Trainer(SSLTrainer):
+    """A student learns from its momentum teacher: summaries across views (DINO), hidden tokens (iBOT), spread (KoLeo).
+
+    Source: Oquab et al. 2023, arXiv:2304.07193; Zhou et al. 2021, arXiv:2111.07832 (iBOT); Wald et al. 2025, arXiv:2503.01835 (Primus).
+    """
+
+    default_family = "primus"
+    needs = (frozenset({"mask_token", "any_size"}),)
+    recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-3, 0.04, 0.1, 3.0, (0.9, 0.999)) for family in ("primus", "primus_v2")}
+    citation = (
+        "Oquab, M., Darcet, T., Moutakanni, T., Vo, H., Szafraniec, M., Khalidov, V., ... Bojanowski, P. (2024). "
+        "DINOv2: Learning robust visual features without supervision. TMLR."
+    )
+
+    @dataclass(frozen=True)
+    class Config(SSLTrainer.Config):
+        preset: str = "auto"  # "small", "default", "large": of what is None below; "auto" = by distinct crops and volumes per step
+        locals: int | None = None  # local crops per volume; None = 8, 4 where memory is below 12 GB
+        prototypes: int | None = field(default=None, metadata=AT_LEAST_ONE)  # of each head
+        hidden: int | None = field(default=None, metadata=AT_LEAST_ONE)  # width of the heads; None = 2048, at most six times the encoder's
+        bottleneck: int = field(default=256, metadata=AT_LEAST_ONE)
+        centring: str = "auto"  # "centre", "sinkhorn", "none"; "auto" = centre below 128 global crops per step
+        teacher_temperature: tuple[float, ...] = ()  # first and last; () = .04 and the preset's
+        temperature_ramp: float = field(default=1.0, metadata=SHARE)  # share of the steps over which it rises
+        momentum: tuple[float, ...] = (0.992, 0.9995)  # of the teacher, first and last
+        last_weight_decay: float = 0.2  # the first is weight_decay; half a cosine
+        freeze: int | None = None  # steps without update of the prototypes; None = max(1500, 1 %), at most 10 % of the run
+        layer_decay: float | None = field(default=None, metadata=SHARE)  # of the learning rate per block; None = by depth
+        mask_probability: float = field(default=0.5, metadata=SHARE)  # share of the global crops with hidden tokens
+        mask_ratio: tuple[float, ...] = (0.3, 0.6)  # range of their share of hidden tokens
+        ibot_weight: float = 1.0
+        koleo_weight: float = 0.1  # 0 below 16 volumes per step
+        unmasked_pass: bool = False  # the summaries from a pass of their own over whole crops: dearer, sometimes steadier
+        registers: int = 0  # learned tokens beside the patches'; the exported network has them too
+
+    def __init__(
+        self, plan: Plan, configuration: str, config: Config, store: CaseStore, folder: Path | str, *, family: str | None = None, device: str = "cpu"
+    ) -> None:
+        plan = with_registers(plan, configuration, family or self.default_family, config.registers)
+        super().__init__(plan, configuration, config, store, folder, family=family, device=device)
+        self.locals = config.locals if config.locals is not None else 8 if plan.gpu_memory_target_gb >= CARD_GB else 4
+        if config.batch_size is None:
+            self.batch_size = max(2, self.batch_size // 4)  # the planned one is for one crop per volume; here two and their teacher's, and small ones
+        self.volumes = self.batch_size * self.ranks
+        self.crops = distinct_crops(store, range(len(store)), self.config_plan.patch_size)
+        self.preset = choose_preset(config.preset, self.crops, self.volumes * config.accumulate)
+        self.temperatures = config.teacher_temperature or (0.04, self.preset.teacher_temperature)
+        self.freeze = config.freeze if config.freeze is not None else min(max(1500, self.total_steps // 100), self.total_steps // 10)
+        if config.lr is None:
+            self.recipe = replace(self.recipe, lr=min(1e-3, 2e-3 * math.sqrt(self.volumes * config.accumulate / 1024)))
+
+    def views(self) -> ViewSpec:
+        patch, token = self.config_plan.patch_size, self.network_plan.kwargs["patch_embed_size"]
+        crops = MultiCrop(patch, local_crop(patch, token), self.locals, intensity=DINO)
+        return MaskedMultiCrop(crops, tuple(token), self.config.mask_probability, self.config.mask_ratio)
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        config, width = self.config, backbone.widths[-1]
+        size = HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck, config.prototypes or self.preset.prototypes)
+        centring = config.centring if config.centring != "auto" else "centre" if 2 * self.volumes < CENTRE_CROPS else "sinkhorn"
+        return DINOv2Model(Network(backbone, self.network_plan.kwargs["eva_numheads"], size), centring, config.unmasked_pass)
+
+    def initialize(self) -> None:
+        super().initialize()
+        self.health.armed = max(self.health.armed, self.freeze)
+        check_normalized(self.store, self.train_cases)
+        if self.rank == 0 and self.crops < FEW_CROPS:
+            print(f"note: the dataset holds only {self.crops:.0f} distinct crops; features of fewer than {FEW_CROPS} tend to be poor. Add unlabelled cases")
+
+    def param_groups(self, model: nn.Module) -> list[dict]:
+        student: Network = model.student
+        layers = [*student.backbone.layer_ids(), (student.mask_token, 0)]
+        prototypes = [student.dino_head.prototypes, student.ibot_head.prototypes]
+        stem = student.backbone.net.down_projection
+        return layer_groups(student, layers, stem, self.recipe.weight_decay, last_layers=prototypes, decay=self.config.layer_decay)
+
+    def schedule(self, step: int) -> None:
+        rate = cosine(step, self.total_steps, self.recipe.lr, 1e-6, self.warmup_steps)
+        decay = cosine(step, self.total_steps, self.recipe.weight_decay, self.config.last_weight_decay)
+        set_rates(self.optimizer, rate, decay, frozen=(LAST_LAYER,) if step < self.freeze else ())
+
+    def step(self, model: nn.Module, batch: Batch) -> Losses:
+        temperature = linear(self.next_step, round(self.config.temperature_ramp * self.total_steps), *self.temperatures)
+        output = model(crops_of(batch), temperature)
+        warm = min(1.0, (self.next_step + 1) / max(1, self.warmup_steps))
+        koleo = self.config.koleo_weight * warm if self.volumes >= KOLEO_VOLUMES else 0.0
+        losses = {"dino": output.losses["dino"], "ibot": output.losses["ibot"]} | ({"koleo": output.losses["koleo"]} if koleo else {})
+        weights = {"dino": 1.0, "ibot": self.config.ibot_weight, "koleo": koleo}
+        self._watch(output, temperature)
+        return {"total": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+
+    def _watch(self, output: Output, temperature: float) -> None:
+        self.health.add("summary", output.summary)
+        self.health.note("teacher_temperature", temperature)
+        for name, said in (("dino", output.dino), ("ibot", output.ibot)) if self.health.sampling else ():
+            self.health.add_logits(name, said.plain_logits(slice(ROWS)))
+        self.health.note("dino/KL", output.dino_divergence)
+        self.health.note("ibot/KL", output.ibot_divergence)
+
+    def after_update(self, step: int) -> None:
+        momentum = cosine_momentum(step, self.total_steps, *self.config.momentum)
+        self.model.update(momentum)
+        self.health.note("momentum", momentum)
+        self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))
+
+    def transferred(self) -> Backbone:
+        return self.model.teacher.net.backbone
+
+
+def crops_of(batch: Batch) -> Crops:
+    """The views of a batch as the model takes them."""
+    first, second = batch["global_0"], batch["global_1"]
+    small = [view.image for name, view in batch.items() if name.startswith("local_")]
+    tokens = first.mask.numel()
+    return Crops(
+        torch.cat((first.image, second.image)),
+        torch.cat((first.mask, second.mask)),
+        torch.cat((first.hidden, second.hidden + tokens)),
+        torch.cat(small) if small else None,
+    )
