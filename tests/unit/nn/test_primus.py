@@ -32,7 +32,7 @@ def build(patch=(48, 48, 48), token=(8, 8, 8), channels=1, **options):
 def library(backbone, patch):
     """The library's own network for that patch, with our weights; its decoder is taken out after the weights are in."""
     kwargs = {**KWARGS, **backbone.kwargs}
-    net = getattr(import_module(CLASS.rpartition(".")[0]), "Primus")(input_channels=backbone.channels, num_classes=3, input_shape=patch, **kwargs)
+    net = import_module(CLASS.rpartition(".")[0]).Primus(input_channels=backbone.channels, num_classes=3, input_shape=patch, **kwargs)
     weights = {key: value for key, value in net.state_dict().items() if key.startswith("up_projection.")} | backbone.network_weights()
     if net.eva.pos_embed is not None:
         first = net.eva.num_prefix_tokens
