@@ -6,7 +6,6 @@ Shape suffixes: B batch, N tokens, C width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -63,7 +62,13 @@ class ClassAttentionLayer(nn.Module):
         return query_B1C + self.gamma_2 * self.mlp(self.norm2(query_B1C))
 
     def _attend(self, x: Tensor) -> Tensor:
-        q = rearrange(self.q(x[:, :1]), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv(x), "b n (two h d) -> two b h n d", two=2, h=self.heads).unbind(0)
-        mixed: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-        return mixed
+        """Attention of the first row over all rows, (B, 1, C).
+
+        A single query needs no keys and values of the tokens: taken through the keys' weights, it is compared with the tokens
+        themselves, and the value of their weighted mean is the weighted mean of their values. A bias of the keys has no effect.
+        """
+        key, value = rearrange(self.kv.weight, "(two h d) c -> two h d c", two=2, h=self.heads).unbind(0)
+        q = rearrange(self.q(x[:, 0]), "b (h d) -> b h d", h=self.heads)
+        weights = (torch.einsum("bhd,hdc->bhc", q, key) @ x.mT / key.shape[1] ** 0.5).softmax(-1)
+        mixed = torch.einsum("bhc,hdc->bhd", weights @ x, value).flatten(1) + self.kv.bias[x.shape[2] :]
+        return self.proj(mixed)[:, None]  # type: ignore[no-any-return]
