@@ -36,19 +36,23 @@ class Recipe:
 
 
 # U-Nets as nnU-Net trains them (doi:10.1038/s41592-020-01008-z); transformers as Primus (arXiv:2503.01835)
-RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), "primus": Recipe("adamw", 3e-4, 5e-2, 0.05, 1.0)}
+_PRIMUS = Recipe("adamw", 3e-4, 5e-2, 0.05, 1.0)
+RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), "primus": _PRIMUS, "primus_v2": _PRIMUS}
 
 
 def choose_recipe(recipes: Mapping[str, Recipe], family: str, config: Any) -> Recipe:
     """The family's recipe, of RECIPES where `recipes` has none, with what `config` sets (its fields of the same names that are not None).
 
     Raises:
-        UserError: unknown optimiser.
+        UserError: unknown optimiser; a family without a recipe.
     """
     chosen = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(Recipe)}
     if chosen["optimizer"] not in (None, "sgd", "adamw"):
         raise UserError(f"unknown optimizer '{chosen['optimizer']}'", "option -o optimizer", "known: sgd, adamw")
-    return dataclasses.replace({**RECIPES, **recipes}[family], **{key: value for key, value in chosen.items() if value is not None})
+    known = {**RECIPES, **recipes}
+    if family not in known:
+        raise UserError(f"there is no recipe for the backbone family '{family}'", "`recipes` of the trainer", "add one there")
+    return dataclasses.replace(known[family], **{key: value for key, value in chosen.items() if value is not None})
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list[dict]:

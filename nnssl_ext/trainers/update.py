@@ -85,7 +85,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         scale = self.scaler.get_scale()
         before = [buffer.clone() for buffer in self.buffers]
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
             torch.manual_seed(seed)
             last = number == self.accumulate or not isinstance(self.model, DistributedDataParallel)
@@ -94,10 +94,11 @@ class Updater:
                     losses = self.losses(self.model, batch)
                 self.scaler.scale(losses["total"] / self.accumulate).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulate
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / self.accumulate
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        finite = math.isfinite(sums["total"]) and math.isfinite(norm)
+        read = torch.stack([*sums.values(), *self._clip()]).tolist()  # the only wait for the device
+        values, norm = dict(zip(sums, read)), math.hypot(*read[len(sums) :])
+        finite = math.isfinite(values["total"]) and math.isfinite(norm)
         broken, signal = distributed.largest([float(not finite), float(self.signals.received)], self.device)
         if not broken:
             self.scaler.step(self.optimizer)
@@ -105,13 +106,12 @@ class Updater:
             for buffer, former in zip(self.buffers, before):
                 buffer.copy_(former)
         self.scaler.update()
-        return Outcome(sums, norm, not broken, int(signal), scale)
+        return Outcome(values, norm, not broken, int(signal), scale)
 
-    def _clip(self) -> float:
-        """Clip the gradient of each part by its own norm; the norm of all of them before, read from the device once."""
+    def _clip(self) -> list[Tensor]:
+        """Clip the gradient of each part by its own norm; these norms, before."""
         parts: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups:
             parts.setdefault(group.get("part", ""), []).extend(group["params"])
         norms: list[Any] = [nn.utils.clip_grad_norm_(parameters, self.clip) for parameters in parts.values()]
-        whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm.to(self.device) for norm in norms]  # of all shards
-        return math.hypot(*torch.stack(whole).tolist())
+        return [(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.device, torch.float64) for norm in norms]  # of all shards
