@@ -83,10 +83,10 @@ class Initial:
         prefixes, given = _whole(content, trainer.model) if same else _backbones(content, trainer.model, trainer.trains_decoder)
         target = trainer.model.state_dict(keep_vars=True)
         tensors = {name: _fitted(name, given[name], target[name].shape, trainer.backbone, content) for name in target if name in given}
-        unlike = {name for name in tensors if tensors[name].shape != target[name].shape}
+        unlike = {name: f"{name} {_shape(tensors[name])}, here {_shape(target[name])}" for name in tensors if tensors[name].shape != target[name].shape}
         if content["nnssl_adaptation_plan"]["pretrain_num_input_channels"] != trainer.plan.channels:
-            unlike -= {name for name in unlike if not name.startswith(prefixes)}  # what a head makes of the channels starts anew
-        _check(unlike | {name for name in target.keys() ^ given.keys() if name.startswith(prefixes)}, tensors, file)
+            unlike = {name: text for name, text in unlike.items() if name.startswith(prefixes)}  # what a head makes of the channels starts anew
+        _check({**unlike, **{name: name for name in target.keys() ^ given.keys() if name.startswith(prefixes)}}, tensors, file)
         tensors = {name: value for name, value in tensors.items() if value.shape == target[name].shape}
         parallel.load_weights(trainer.model, tensors, strict=False)
         if trainer.rank == 0:
@@ -100,7 +100,7 @@ def _whole(content: Mapping[str, Any], model: nn.Module) -> tuple[tuple[str, ...
     """Prefixes of what has to be complete, and the whole model's tensors."""
     state = content["ssl_state"]
     taught = {name: state.get(name.replace(_STUDENT, _TEACHER, 1), value) if name.startswith(_STUDENT) else value for name, value in state.items()}
-    return tuple(f"{place}net." for place in _places(model)), taught
+    return tuple(f"{place}net." for place in _places(model) if any(name.startswith(place) for name in state)), taught
 
 
 def _backbones(content: Mapping[str, Any], model: nn.Module, decoder: bool) -> tuple[tuple[str, ...], dict[str, Tensor]]:
@@ -139,13 +139,17 @@ def _fitted(name: str, value: Tensor, shape: torch.Size, backbone: Backbone, con
     return value
 
 
-def _check(unfit: Iterable[str], tensors: Mapping[str, Tensor], file: str) -> None:
-    if names := sorted(unfit):
-        shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-        text = f"{len(names)} tensors of the checkpoint and of this run don't fit each other: {shown}"
+def _check(unfit: Mapping[str, str], tensors: Mapping[str, Tensor], file: str) -> None:
+    if unfit:
+        shown = ", ".join([unfit[name] for name in sorted(unfit)][:3]) + ", ..." * (len(unfit) > 3)
+        text = f"{len(unfit)} tensors of the checkpoint and of this run don't fit each other: {shown}"
         raise UserError(text, file, "repeat the options and the network of that run, or give another checkpoint")
     if names := [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]:
         raise UserError(f"the weights hold NaN or infinity: {', '.join(names[:3])}", file, "use an earlier checkpoint of the same folder")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
 
 
 def _distinct(target: Mapping[str, Tensor], names: Iterable[str]) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from nnssl_ext.cli import plan_and_preprocess, train
 from nnssl_ext.core import files
+from nnssl_ext.core.files import sha256_file
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.make_raw import nnunet_dataset
@@ -51,6 +52,23 @@ def test_a_run_is_continued_with_c_and_never_overwritten(dataset, capsys):
 def test_the_other_family_and_other_values_get_their_own_folder(dataset):
     assert train.main(["801", "3d_fullres", "-b", "primus", *SHORT, "mask_ratio=0.6"]) == 0
     assert (dataset.parents[1] / "MAETrainer__nnsslPlans__3d_fullres__b=primus_epochs=2_iterations=2_batch_size=1_mask_ratio=0.6").is_dir()
+
+
+def test_a_run_that_starts_from_another_has_its_own_folder_and_continues_without_it(dataset, capsys):
+    assert train.main(["801", "3d_fullres", *SHORT]) == 0
+    first = dataset / "checkpoint_final.pth"
+    assert train.main(["801", "3d_fullres", *SHORT, "-init", str(first)]) == 0
+    digits = sha256_file(first)[:8]
+    folder = dataset.parents[1] / f"{RUN}_init={digits}" / "fold_all"
+    assert "MAETrainer, step 4, with its heads" in (out := capsys.readouterr().out) and str(folder) in out
+    assert load_checkpoint(folder / "checkpoint_final.pth")["init"]["file"] == f"Dataset801_Test/{RUN}/fold_all/checkpoint_final.pth"
+    for file in dataset.iterdir():
+        file.unlink() if file.is_file() else None
+    (folder / "checkpoint_final.pth").unlink()
+    assert train.main(["801", "3d_fullres", *SHORT, "--c", "-init", digits]) == 0
+    assert "starting from" not in capsys.readouterr().out
+    assert train.main(["801", "3d_fullres", *SHORT, "--c", "-init", str(first)]) == 2
+    assert "digits behind init=" in error_of(capsys)
 
 
 def test_two_processes_train_together(dataset):
