@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.nn import distributed
+from nnssl_ext.nn.precision import wide
 
 ELEMENTS = 2**22  # of a matrix (rows, K) that is computed at once
 ELEMENTS_ON_GPU = 2**25
@@ -42,7 +43,7 @@ def sinkhorn(logits_nK: Tensor, temperature: float, iterations: int = 3) -> tupl
     Source: Cuturi 2013, arXiv:1306.0895; Caron et al. 2020, arXiv:2006.09882, section 3.1.
     """
     classes = logits_nK.shape[1]
-    row, column = _wide(logits_nK.new_zeros(len(logits_nK))), _wide(logits_nK.new_zeros(classes))
+    row, column = wide(logits_nK.new_zeros(len(logits_nK))), wide(logits_nK.new_zeros(classes))
     for _ in range(iterations):
         sums = distributed.stacked(_column_log_sums(logits_nK, temperature, row)).logsumexp(0)
         column = (-math.log(classes) - sums).masked_fill_(sums.isneginf(), 0.0)  # no vectors at all
@@ -89,14 +90,14 @@ class Centre(nn.Module):
     @torch.no_grad()
     def potentials(self, logits_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Row (n,) and column (K,) of softmax((logits - centre) / temperature)."""
-        column = self.value.to(_wide(logits_nK[:0]).dtype) / -temperature
+        column = self.value.to(wide(logits_nK[:0]).dtype) / -temperature
         return _row_potential(logits_nK, temperature, column), column
 
 
 @torch.no_grad()
 def softmax(logits_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Row (n,) and column (K,) of softmax(logits / temperature): nothing balances the prototypes."""
-    column = _wide(logits_nK.new_zeros(logits_nK.shape[1]))
+    column = wide(logits_nK.new_zeros(logits_nK.shape[1]))
     return _row_potential(logits_nK, temperature, column), column
 
 
@@ -146,7 +147,3 @@ def _log_sum(x: Tensor, axis: int) -> Tensor:
     """Log-sum-exp that writes over its input."""
     top = x.amax(axis, keepdim=True)
     return x.sub_(top).exp_().sum(axis).log_().add_(top.squeeze(axis))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl_ext.nn.precision import wide
+
 EPS = 1e-6  # of the norms: a vector of zeros stays one
 
 
@@ -46,4 +48,4 @@ class ProjectionHead(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=EPS)
+    return F.normalize(wide(x), dim=-1, eps=EPS)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnssl_ext.nn import assign, distributed
+from nnssl_ext.nn.precision import wide
 
 EPS = 1e-8  # distances in `koleo`
 
@@ -24,7 +25,7 @@ def masked_mse(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
     Source: He et al. 2022, arXiv:2111.06377, section 3.
     """
-    difference = prediction - target if prediction.dtype == torch.float64 else prediction.float() - target.float()
+    difference = wide(prediction) - wide(target)
     difference = torch.where(hidden, difference, 0)  # not a product: NaN * 0 = NaN
     return difference.square().sum() / hidden.expand_as(difference).sum()
 
@@ -52,26 +53,26 @@ def cross_entropy_to(z: Tensor, directions: Tensor, targets: Callable[[slice], T
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, directions: Tensor, targets: Callable[[slice], Tensor], weights: Tensor, temperature: float, trained: bool) -> Tensor:
-        wide, device = _wide(z).dtype, z.device
-        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) and wide is torch.float32 else wide
+        kind, device = wide(z).dtype, z.device
+        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) and kind is torch.float32 else kind
         n, moved, turned = len(z), trained and ctx.needs_input_grad[0], trained and ctx.needs_input_grad[1]
         with torch.autocast(device.type, enabled=False):
-            weights = weights.to(wide)
+            weights = weights.to(kind)
             scale = weights[:, None] / -temperature
-            scaled = z.to(wide) * (scale * n)  # n: near 1 also in half precision
-            vectors, prototypes, scaled = (x.to(narrow) for x in (z.to(wide) / temperature, directions, scaled))
-            loss = torch.zeros((), dtype=wide, device=device)
-            grad_z = torch.empty_like(z, dtype=wide) if moved else None
-            grad_directions = torch.zeros_like(directions, dtype=wide) if turned else None
+            scaled = z.to(kind) * (scale * n)  # n: near 1 also in half precision
+            vectors, prototypes, scaled = (x.to(narrow) for x in (z.to(kind) / temperature, directions, scaled))
+            loss = torch.zeros((), dtype=kind, device=device)
+            grad_z = torch.empty_like(z, dtype=kind) if moved else None
+            grad_directions = torch.zeros_like(directions, dtype=kind) if turned else None
             for rows in assign.chunks(n, len(directions), device):
-                target = targets(rows).to(wide)
-                log_p = torch.log_softmax(vectors[rows] @ prototypes.T, 1, dtype=wide)
+                target = targets(rows).to(kind)
+                log_p = torch.log_softmax(vectors[rows] @ prototypes.T, 1, dtype=kind)
                 loss -= (weights[rows] * (target * log_p).sum(1)).sum()
                 if not (moved or turned):
                     continue
                 gradient = torch.addcmul(target, log_p.exp_(), target.sum(1, keepdim=True), value=-1, out=log_p).to(narrow)  # target - p
                 if grad_z is not None:
-                    grad_z[rows] = (gradient @ prototypes).to(wide) * scale[rows]
+                    grad_z[rows] = (gradient @ prototypes).to(kind) * scale[rows]
                 if grad_directions is not None:
                     _add_product(grad_directions, gradient.T, scaled[rows])
             if grad_directions is not None:
@@ -153,7 +154,7 @@ def koleo(x: Tensor) -> Tensor:
     Source: Sablayrolles et al. 2019, arXiv:1806.03198, eq. 3; Oquab et al. 2023, arXiv:2304.07193, section 4.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(_wide(x), dim=1, eps=EPS)
+        x = F.normalize(wide(x), dim=1, eps=EPS)
         everybody = distributed.joined(x)
         if len(everybody) < 2:
             return x.sum() * 0
@@ -163,7 +164,3 @@ def koleo(x: Tensor) -> Tensor:
         loss = -(distance + EPS).log().mean()
         ranks = distributed.ranks()
         return ranks * loss - (ranks - 1) * loss.detach()  # the others' shares of this gradient are known here alone
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
