@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn import assign, health
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.class_attention import ClassAttention
@@ -68,6 +69,15 @@ class Crops:
     mask: Tensor
     hidden: Tensor
     small: Tensor | None = None
+
+    @staticmethod
+    def of(batch: Batch) -> Crops:
+        """The views of a `MaskedMultiCrop`."""
+        first, second = batch["global_0"], batch["global_1"]
+        small = [view.image for name, view in batch.items() if name.startswith("local_")]
+        assert first.mask is not None and second.mask is not None and first.hidden is not None and second.hidden is not None
+        hidden = torch.cat((first.hidden, second.hidden + first.mask.numel()))
+        return Crops(torch.cat((first.image, second.image)), torch.cat((first.mask, second.mask)), hidden, torch.cat(small) if small else None)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,20 @@ from nnssl_ext.data.checks import check_normalized, distinct_crops
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.data.masking import MaskedMultiCrop
 from nnssl_ext.data.views import MultiCrop, ViewSpec
+from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.backbones.primus import PrimusBackbone
+from nnssl_ext.nn.correspondence import retrieval
 from nnssl_ext.nn.dinov2 import ROWS, Crops, DINOv2Model, HeadSize, Network, Output
 from nnssl_ext.nn.momentum import cosine_momentum, distance
-from nnssl_ext.planners.primus import local_crop, with_registers
+from nnssl_ext.planners.primus import local_crop
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
-from nnssl_ext.trainers.dinov2_presets import CARD_GB, choose_preset
+from nnssl_ext.trainers.dinov2_presets import CARD_GB, choose_preset, with_registers
 from nnssl_ext.trainers.layer_decay import LAST_LAYER, layer_groups
 from nnssl_ext.trainers.optim import Recipe, set_rates
+from nnssl_ext.trainers.pictures import evaluating
 from nnssl_ext.trainers.schedules import cosine, linear
 
 FEW_CROPS = 1000  # a dataset of fewer distinct crops is called small
@@ -116,7 +120,7 @@ class DINOv2Trainer(SSLTrainer):
 
     def step(self, model: nn.Module, batch: Batch) -> Losses:
         temperature = linear(self.next_step, round(self.config.temperature_ramp * self.total_steps), *self.temperatures)
-        output = model(crops_of(batch), temperature)
+        output = model(Crops.of(batch), temperature)
         warm = min(1.0, (self.next_step + 1) / max(1, self.warmup_steps))
         koleo = self.config.koleo_weight * warm if self.volumes >= KOLEO_VOLUMES else 0.0
         losses = {"dino": output.losses["dino"], "ibot": output.losses["ibot"]} | ({"koleo": output.losses["koleo"]} if koleo else {})
@@ -138,18 +142,17 @@ class DINOv2Trainer(SSLTrainer):
         self.health.note("momentum", momentum)
         self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))
 
-    def transferred(self) -> Backbone:
-        return self.model.teacher.net.backbone
+    def validate(self) -> dict[str, float]:
+        return super().validate() | ({"retrieval": self._retrieval()} if self.val_cases else {})
 
+    @torch.no_grad()
+    def _retrieval(self) -> float:
+        """Share of the teacher's tokens whose nearest token in another view of the same place is the right one, to one token."""
+        first, second = (self.val_data[0][name].to(self.device) for name in ("global_0", "global_1"))
+        backbone, affines = self.transferred(), (first.affine, second.affine)
+        with parallel.together(self.model), evaluating(self.model), self.update.autocast():
+            tokens = [backbone.tokens(view.image) for view in (first, second)]
+        return distributed.mean(float(retrieval(*tokens, *affines, backbone.grid_of(first.image.shape[2:]), backbone.token)["hits"]), self.device)
 
-def crops_of(batch: Batch) -> Crops:
-    """The views of a batch as the model takes them."""
-    first, second = batch["global_0"], batch["global_1"]
-    small = [view.image for name, view in batch.items() if name.startswith("local_")]
-    tokens = first.mask.numel()
-    return Crops(
-        torch.cat((first.image, second.image)),
-        torch.cat((first.mask, second.mask)),
-        torch.cat((first.hidden, second.hidden + tokens)),
-        torch.cat(small) if small else None,
-    )
+    def transferred(self) -> PrimusBackbone:
+        return self.model.teacher.net.backbone  # type: ignore[no-any-return]

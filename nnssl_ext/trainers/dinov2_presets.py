@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nnssl_ext.core.errors import UserError, did_you_mean
+from nnssl_ext.core.plan import Plan
 
 CARD_GB = 12.0  # memory from which there are 8 local crops per volume
 
@@ -36,3 +37,13 @@ def choose_preset(name: str, crops: float, volumes: int) -> Preset:
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}'", "option -o preset", did_you_mean(name, ["auto", *PRESETS]))
     return PRESETS[name]
+
+
+def with_registers(plan: Plan, configuration: str, family: str, count: int) -> Plan:
+    """The plan with `count` register tokens in a network, learned tokens that all others attend to; as it is for 0."""
+    if not count:
+        return plan
+    config = plan.configuration(configuration)
+    network = config.network(family)
+    network = replace(network, kwargs={**network.kwargs, "num_register_tokens": count})
+    return replace(plan, configurations={**plan.configurations, configuration: replace(config, networks={**config.networks, family: network})})

@@ -232,6 +232,8 @@ class HealthMonitor:
             self.vectors.pop(name, None)
         for name, (number, *sums) in list(self.sums.items()):
             group = name.removesuffix(" classes")
+            if name not in self.sums:
+                continue  # reported with its group
             if group == name and f"{name.rpartition('/')[0]} classes" not in self.sums:
                 found[name] = float(self.sums.pop(name)[1]) / number
             elif group != name and number >= FEWEST:

@@ -29,7 +29,7 @@ def linear(v, weight, bias):
 
 def summarise(module, tokens):
     """The summary of one sample's tokens (lists of floats), number by number."""
-    query = module.query.tolist()
+    query = [float(q) + sum(column) / len(tokens) for q, column in zip(module.query, zip(*tokens))]
     for layer in module.layers:
         rows = [norm(row, layer.norm1) for row in [query, *tokens]]
         width, size = len(query), len(query) // layer.heads

@@ -181,6 +181,16 @@ def test_notes_are_averaged_over_sampled_steps_and_costly_ones_computed_only_the
     assert calls == [0, 10] and record["health/momentum"] == 5.0 and record["health/teacher_distance"] == 2.0
 
 
+def test_a_divergence_noted_after_its_logits_is_reported_with_them(backbone):
+    monitor = HealthMonitor(backbone, 4)
+    for step in range(2):
+        with monitor.watch(step):
+            monitor.add_logits("tokens", torch.randn(64, 8))
+            monitor.note("tokens/KL", float(step))
+    found, _ = monitor.epoch(2, 0.0)
+    assert found["health/tokens/KL"] == 0.5 and 0 < found["health/tokens/MI"] < 2 and not monitor.sums
+
+
 def test_a_momentum_method_reports_its_teacher(tmp_path):
     trainer = make(ToyEMATrainer, tmp_path)
     records, _ = run(trainer, HealthMonitor(trainer.backbone, 4), 4, 1e-2, iterations=4)
