@@ -45,7 +45,7 @@ def draw(path: Path, results: Mapping[str, Sequence[Result]], healthy: str = "he
                 _with_alarms(axis, result, f"health/{name}/MI", f"C{number + 2}", variant if seed == 0 else None)
         for seed, result in enumerate(results.get(healthy, ())):
             _curve(axis, result, f"health/{name}/MI", color="0.6", label=healthy if seed == 0 else None)
-        axis.set_title(f"all variants: mutual information, {title}, nat (crosses: alarms)", fontsize=9)
+        axis.set_title(f"all: MI of the {title}, nat (crosses: alarms)", fontsize=9)
         axis.legend(fontsize=8)
     for axis in axes:
         axis.set_xlabel("share of the run, %")
