@@ -7,6 +7,7 @@ first), N tokens of a global crop, C width, K prototypes, M hidden tokens of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ class DINOv2Model(nn.Module):
     @torch.no_grad()
     def teach(self, crops: Crops, temperature: float) -> tuple[Teaching, Teaching, Tensor]:
         """What the teacher says of summaries and of hidden tokens, and its tokens of the global crops (G, N, C)."""
-        net = self.teacher.net
+        net: Any = self.teacher.net
         summary, patches = self.teacher(crops.large)
         seen, told = _logits(net.dino_head, summary), _logits(net.ibot_head, patches.flatten(0, 1)[crops.hidden])
         if self.centring == "centre" and self.training:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from nnssl_ext.core.plan import Plan
@@ -16,25 +14,19 @@ from nnssl_ext.data.checks import check_normalized, distinct_crops
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.data.masking import MaskedMultiCrop
 from nnssl_ext.data.views import MultiCrop, ViewSpec
-from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
-from nnssl_ext.nn.correspondence import retrieval
-from nnssl_ext.nn.dinov2 import ROWS, Crops, DINOv2Model, HeadSize, Network, Output
+from nnssl_ext.nn.dinov2 import ROWS, Crops, DINOv2Model, Network, Output
 from nnssl_ext.nn.momentum import cosine_momentum, distance
 from nnssl_ext.planners.primus import local_crop
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
-from nnssl_ext.trainers.dinov2_presets import CARD_GB, choose_preset, with_registers
+from nnssl_ext.trainers.dinov2_presets import LOWEST_RATE, settle, with_registers
 from nnssl_ext.trainers.layer_decay import LAST_LAYER, layer_groups
 from nnssl_ext.trainers.optim import Recipe, set_rates
-from nnssl_ext.trainers.pictures import evaluating
+from nnssl_ext.trainers.retrieval import view_retrieval
 from nnssl_ext.trainers.schedules import cosine, linear
-
-FEW_CROPS = 1000  # a dataset of fewer distinct crops is called small
-KOLEO_VOLUMES = 16  # per step, from which KoLeo is on: its gradient grows as one over the distance of the nearest neighbour
-CENTRE_CROPS = 128  # global crops per step from which Sinkhorn balances the summaries' targets, too; below they are centred
 
 
 class DINOv2Trainer(SSLTrainer):
@@ -77,54 +69,53 @@ class DINOv2Trainer(SSLTrainer):
     ) -> None:
         plan = with_registers(plan, configuration, family or self.default_family, config.registers)
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
-        self.locals = config.locals if config.locals is not None else 8 if plan.gpu_memory_target_gb >= CARD_GB else 4
         if config.batch_size is None:
             self.batch_size = max(2, self.batch_size // 4)  # the planned one is for one crop per volume; here two and their teacher's, and small ones
-        self.volumes = self.batch_size * self.ranks
-        self.crops = distinct_crops(store, range(len(store)), self.config_plan.patch_size)
-        self.preset = choose_preset(config.preset, self.crops, self.volumes * config.accumulate)
-        self.temperatures = config.teacher_temperature or (0.04, self.preset.teacher_temperature)
-        self.freeze = config.freeze if config.freeze is not None else min(max(1500, self.total_steps // 100), self.total_steps // 10)
-        if config.lr is None:
-            self.recipe = replace(self.recipe, lr=min(1e-3, 2e-3 * math.sqrt(self.volumes * config.accumulate / 1024)))
+        self.settings = settle(
+            config,
+            crops=distinct_crops(store, range(len(store)), self.config_plan.patch_size),
+            volumes=self.batch_size * self.ranks,
+            width=self.network_plan.kwargs["embed_dim"],
+            memory_gb=plan.gpu_memory_target_gb,
+            steps=self.total_steps,
+        )
+        self.recipe = replace(self.recipe, lr=self.settings.lr)
 
     def views(self) -> ViewSpec:
         patch, token = self.config_plan.patch_size, self.network_plan.kwargs["patch_embed_size"]
-        crops = MultiCrop(patch, local_crop(patch, token), self.locals, intensity=DINO)
+        crops = MultiCrop(patch, local_crop(patch, token), self.settings.locals, intensity=DINO)
         return MaskedMultiCrop(crops, tuple(token), self.config.mask_probability, self.config.mask_ratio)
 
     def build(self, backbone: Backbone) -> nn.Module:
-        config, width = self.config, backbone.widths[-1]
-        size = HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck, config.prototypes or self.preset.prototypes)
-        centring = config.centring if config.centring != "auto" else "centre" if 2 * self.volumes < CENTRE_CROPS else "sinkhorn"
-        return DINOv2Model(Network(backbone, self.network_plan.kwargs["eva_numheads"], size), centring, config.unmasked_pass)
+        assert isinstance(backbone, PrimusBackbone)
+        student = Network(backbone, self.network_plan.kwargs["eva_numheads"], self.settings.heads)
+        return DINOv2Model(student, self.settings.centring, self.config.unmasked_pass)
 
     def initialize(self) -> None:
         super().initialize()
-        self.health.armed = max(self.health.armed, self.freeze)
+        self.health.armed = max(self.health.armed, self.settings.freeze)
         check_normalized(self.store, self.train_cases)
-        if self.rank == 0 and self.crops < FEW_CROPS:
-            print(f"note: the dataset holds only {self.crops:.0f} distinct crops; features of fewer than {FEW_CROPS} tend to be poor. Add unlabelled cases")
+        if self.rank == 0:
+            print(self.settings.sentence())
 
     def param_groups(self, model: nn.Module) -> list[dict]:
-        student: Network = model.student
+        student: Any = model.student
         layers = [*student.backbone.layer_ids(), (student.mask_token, 0)]
         prototypes = [student.dino_head.prototypes, student.ibot_head.prototypes]
         stem = student.backbone.net.down_projection
         return layer_groups(student, layers, stem, self.recipe.weight_decay, last_layers=prototypes, decay=self.config.layer_decay)
 
     def schedule(self, step: int) -> None:
-        rate = cosine(step, self.total_steps, self.recipe.lr, 1e-6, self.warmup_steps)
+        rate = cosine(step, self.total_steps, self.recipe.lr, LOWEST_RATE, self.warmup_steps)
         decay = cosine(step, self.total_steps, self.recipe.weight_decay, self.config.last_weight_decay)
-        set_rates(self.optimizer, rate, decay, frozen=(LAST_LAYER,) if step < self.freeze else ())
+        set_rates(self.optimizer, rate, decay, frozen=(LAST_LAYER,) if step < self.settings.freeze else ())
 
     def step(self, model: nn.Module, batch: Batch) -> Losses:
-        temperature = linear(self.next_step, round(self.config.temperature_ramp * self.total_steps), *self.temperatures)
+        temperature = linear(self.next_step, round(self.config.temperature_ramp * self.total_steps), *self.settings.temperatures)
         output = model(Crops.of(batch), temperature)
         warm = min(1.0, (self.next_step + 1) / max(1, self.warmup_steps))
-        koleo = self.config.koleo_weight * warm if self.volumes >= KOLEO_VOLUMES else 0.0
-        losses = {"dino": output.losses["dino"], "ibot": output.losses["ibot"]} | ({"koleo": output.losses["koleo"]} if koleo else {})
-        weights = {"dino": 1.0, "ibot": self.config.ibot_weight, "koleo": koleo}
+        weights = {"dino": 1.0, "ibot": self.config.ibot_weight} | ({"koleo": self.settings.koleo * warm} if self.settings.koleo else {})
+        losses = {name: output.losses[name] for name in weights}
         self._watch(output, temperature)
         return {"total": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
@@ -143,16 +134,7 @@ class DINOv2Trainer(SSLTrainer):
         self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))
 
     def validate(self) -> dict[str, float]:
-        return super().validate() | ({"retrieval": self._retrieval()} if self.val_cases else {})
-
-    @torch.no_grad()
-    def _retrieval(self) -> float:
-        """Share of the teacher's tokens whose nearest token in another view of the same place is the right one, to one token."""
-        first, second = (self.val_data[0][name].to(self.device) for name in ("global_0", "global_1"))
-        backbone, affines = self.transferred(), (first.affine, second.affine)
-        with parallel.together(self.model), evaluating(self.model), self.update.autocast():
-            tokens = [backbone.tokens(view.image) for view in (first, second)]
-        return distributed.mean(float(retrieval(*tokens, *affines, backbone.grid_of(first.image.shape[2:]), backbone.token)["hits"]), self.device)
+        return super().validate() | view_retrieval(self, "global_0", "global_1")
 
     def transferred(self) -> PrimusBackbone:
         return self.model.teacher.net.backbone  # type: ignore[no-any-return]

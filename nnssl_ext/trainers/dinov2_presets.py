@@ -1,13 +1,20 @@
-"""What DINOv2Trainer chooses by the size of the dataset and of a step."""
+"""What DINOv2Trainer derives from the data, the plan and the length of a run where the user sets nothing."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.plan import Plan
+from nnssl_ext.nn.dinov2 import CENTRINGS, HeadSize
 
-CARD_GB = 12.0  # memory from which there are 8 local crops per volume
+CARD_GB = 12.0  # memory from which there are 8 local crops per volume, below 4
+FEW_CROPS = 1000  # a dataset of fewer distinct crops is called small
+KOLEO_VOLUMES = 16  # per step, from which KoLeo is on: its gradient grows as one over the distance of the nearest neighbour
+CENTRE_CROPS = 128  # global crops per step from which Sinkhorn balances the summaries' targets, too; below they are centred
+LOWEST_RATE = 1e-6  # learning rate at the end
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,73 @@ class Preset:
 
 
 PRESETS = {"small": Preset(4096, 0.05), "default": Preset(16384, 0.07), "large": Preset(65536, 0.07)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run needs to know beside its Config.
+
+    Args:
+        crops: distinct crops of the dataset.
+        volumes: per batch, of all processes.
+        locals: local crops per volume.
+        heads: sizes of both heads.
+        centring: of the summaries' targets.
+        temperatures: of the teacher, first and last.
+        freeze: optimiser steps without update of the prototypes.
+        koleo: weight of KoLeo.
+        lr: learning rate after the warm-up.
+    """
+
+    crops: float
+    volumes: int
+    locals: int
+    heads: HeadSize
+    centring: str
+    temperatures: tuple[float, float]
+    freeze: int
+    koleo: float
+    lr: float
+
+    def sentence(self) -> str:
+        """What was chosen, for the user."""
+        chosen = f"{self.heads.prototypes} prototypes, {self.locals} local crops, teacher temperature to {self.temperatures[1]:g}, lr {self.lr:.2g}"
+        few = f"; features of fewer than {FEW_CROPS} tend to be poor: add unlabelled cases" if self.crops < FEW_CROPS else ""
+        return f"for {self.crops:.0f} distinct crops and {self.volumes} volumes per batch: {chosen}{few}"
+
+
+def settle(config: Any, *, crops: float, volumes: int, width: int, memory_gb: float, steps: int) -> Settings:
+    """The settings of a run; what the configuration leaves open is derived.
+
+    Args:
+        config: of the trainer.
+        crops: distinct crops of the dataset.
+        volumes: per batch, of all processes.
+        width: channels of the encoder.
+        memory_gb: target of the plan.
+        steps: optimiser steps of the run.
+
+    Raises:
+        UserError: unknown preset or centring, or not a pair of numbers where one is needed.
+    """
+    preset = choose_preset(config.preset, crops, volumes * config.accumulate)
+    if config.centring not in ("auto", *CENTRINGS):
+        raise UserError(f"unknown centring '{config.centring}'", "option -o centring", did_you_mean(config.centring, ("auto", *CENTRINGS)))
+    for name in ("teacher_temperature", "momentum", "mask_ratio"):
+        pair = getattr(config, name)
+        if len(pair) != 2 and (pair or name != "teacher_temperature"):
+            raise UserError(f"{name} needs two numbers", f"option -o {name}", f"write for example -o {name}=0.3,0.6")
+    return Settings(
+        crops=crops,
+        volumes=volumes,
+        locals=config.locals if config.locals is not None else 8 if memory_gb >= CARD_GB else 4,
+        heads=HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck, config.prototypes or preset.prototypes),
+        centring=config.centring if config.centring != "auto" else "centre" if 2 * volumes < CENTRE_CROPS else "sinkhorn",
+        temperatures=config.teacher_temperature or (0.04, preset.teacher_temperature),
+        freeze=config.freeze if config.freeze is not None else min(max(1500, steps // 100), steps // 10),
+        koleo=config.koleo_weight if volumes >= KOLEO_VOLUMES else 0.0,
+        lr=config.lr if config.lr is not None else min(1e-3, 2e-3 * math.sqrt(volumes * config.accumulate / 1024)),
+    )
 
 
 def choose_preset(name: str, crops: float, volumes: int) -> Preset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 import torch
@@ -83,11 +84,11 @@ def toy_centre(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
-def dinov2(trainer: SSLTrainer, batch: Batch) -> Losses:
+def dinov2(trainer: SSLTrainer, batch: Batch, coolest: float = 0.04) -> Losses:
     """Cross-entropies of every pair of views and of every hidden token, one after the other; targets by Sinkhorn on probabilities, not in logarithms."""
     model, large = trainer.model, [batch["global_0"], batch["global_1"]]
     small = [view.image for name, view in batch.items() if name.startswith("local_")]
-    tau = 0.04 + (trainer.temperatures[1] - 0.04) * trainer.next_step / trainer.total_steps
+    tau = coolest + (trainer.settings.temperatures[1] - coolest) * trainer.next_step / trainer.total_steps
     teacher, student = model.teacher.net, model.student
 
     def logits(head, x: Tensor) -> Tensor:
@@ -140,6 +141,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
     "DINOv2Trainer": dinov2,
+    "DINOv2HighResTrainer": partial(dinov2, coolest=0.05),
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,
