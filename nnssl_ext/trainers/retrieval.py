@@ -20,7 +20,7 @@ def view_retrieval(trainer: SSLTrainer, first: str, second: str) -> dict[str, fl
     """Share of the tokens of a view whose nearest token in the other one is the right one, to one token; of the first validation batch.
 
     Args:
-        first, second: names of two views of the planned patch size.
+        first, second: names of two views of equal size.
 
     Returns:
         "retrieval" in [0, 1]; empty without validation subjects.
@@ -32,5 +32,5 @@ def view_retrieval(trainer: SSLTrainer, first: str, second: str) -> dict[str, fl
     views = [batch[name].to(trainer.device) for name in (first, second)]
     with parallel.together(trainer.model), evaluating(trainer.model), trainer.update.autocast():
         one, other = (backbone.tokens(view.image) for view in views)
-    found = retrieval(one, other, views[0].affine, views[1].affine, backbone.grid, backbone.token)
+    found = retrieval(one, other, views[0].affine, views[1].affine, backbone.grid_of(views[0].image.shape[2:]), backbone.token)
     return {"retrieval": distributed.mean(float(found["hits"]), trainer.device)}
