@@ -63,7 +63,7 @@ def train(variant: str, seed: int, out: Path, iterations: int) -> None:
     os.environ[VARIABLE] = "none"
     folder, data = out / f"{variant}_{seed}", out / "phantoms"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {**VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed}
+    options = {**VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed, "batch_size": BATCH}
     store: Any = phantoms.PhantomStore(data)
     trainer = METHOD(make_small_plan(), "3d_fullres", METHOD.Config(**options), store, folder, family="primus")
     probe = phantoms.TokenProbe(data, PATCH)
