@@ -75,8 +75,9 @@ def test_half_of_the_global_crops_of_all_ranks_are_masked_and_their_hidden_cells
 
 def test_masks_differ_from_step_to_step_and_between_training_and_validation():
     val = StepDataset(ArrayStore(), MASKED, range(8), 3, 4, stream="val")
-    hidden = [tuple(data[k]["global_0"].hidden.tolist()) for data in (dataset(spec=MASKED), val) for k in range(4)]
-    assert len(set(hidden)) == 8
+    drawn = [[data[k][name].mask.flatten(1) for name in ("global_0", "global_1")] for data in (dataset(spec=MASKED), val) for k in range(4)]
+    assert len({str([mask.nonzero().tolist() for mask in masks]) for masks in drawn}) == 8
+    assert len({str([mask.sum(1).tolist() for mask in masks]) for masks in drawn}) == 8
 
 
 def test_hidden_cells_go_to_the_device_with_their_view():
