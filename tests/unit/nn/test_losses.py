@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl_ext.nn import assign
@@ -112,6 +113,23 @@ def test_a_step_costs_three_matrix_products_and_without_gradients_one():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         assert not cross_entropy_to(z, directions, lambda rows: targets[rows], torch.ones(6)).requires_grad
     assert counter.get_total_flops() == 2 * 6 * 10 * 4
+
+
+def test_no_matrix_of_all_vectors_and_prototypes_is_ever_made(monkeypatch):
+    monkeypatch.setattr(assign, "ELEMENTS", 4 * 50)
+    z, directions, logits = vectors(40, 3).requires_grad_(), vectors(50, 3, seed=1).requires_grad_(), vectors(40, 3) @ vectors(50, 3, seed=2).T
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            own = isinstance(found, Tensor) and found.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr()
+            sizes.append(found.numel() if own else 0)
+            return found
+
+    with Sizes():
+        cross_entropy_to(z, directions, assign.targets(logits, 0.05, *assign.sinkhorn(logits, 0.05)), torch.ones(40)).backward()
+    assert max(sizes) == 4 * 50
 
 
 @pytest.mark.parametrize("autocast", [False, True])
