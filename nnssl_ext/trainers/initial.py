@@ -66,20 +66,23 @@ class Initial:
         """What the name of the results folder shows."""
         return f"init={self.identity['sha256'][:_DIGITS]}"
 
+    def with_heads(self, cls: type) -> bool:
+        """Whether a trainer of the class `cls` takes over the whole model: it has the checkpoint's method, or extends it."""
+        return "ssl_state" in self.content and self.identity["method"] in [base.__name__ for base in cls.__mro__]
+
     def fill(self, trainer: SSLTrainer) -> None:
         """Load the weights into the model of an initialised trainer, say what became of them, and forget them here.
 
-        A checkpoint of the same method (or of one that the trainer's class extends) hands over the whole model with heads, centres and
-        queues; a student gets the weights of the teacher that followed it. Any other one hands over its backbone, to student and teacher.
+        The whole model (see `with_heads`) means heads, centres and queues, and a student gets the weights of the teacher that followed
+        it. Any other checkpoint hands over its backbone, to student and teacher.
 
         Raises:
             UserError: tensors that don't fit, or that are not finite.
         """
-        content, self.content = self.content, {}
+        same, content, self.content = self.with_heads(type(trainer)), self.content, {}
         file, family = self.identity["file"], content.get("family", trainer.family)
         if family != trainer.family:
             raise UserError(f"the checkpoint holds a {family} network, this run trains {trainer.family}", file, f"-b {family}, or another checkpoint")
-        same = "ssl_state" in content and content["trainer_name"] in [cls.__name__ for cls in type(trainer).__mro__]
         prefixes, given = _whole(content, trainer.model) if same else _backbones(content, trainer.model, trainer.trains_decoder)
         target = trainer.model.state_dict(keep_vars=True)
         tensors = {name: _fitted(name, given[name], target[name].shape, trainer.backbone, content) for name in target if name in given}
