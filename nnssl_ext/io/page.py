@@ -40,6 +40,10 @@ class Section:
         """A table; numbers are shown with four significant digits, NaN as a dash."""
         self.parts.append({"kind": "table", "header": header, "rows": [[_cell(value) for value in row] for row in rows]})
 
+    def charts(self, charts: Sequence[tuple[str, str, str]]) -> None:
+        """Charts side by side: title, what it means ("" to say nothing) and SVG (see `curves`) of each."""
+        self.parts.append({"kind": "charts", "charts": charts})
+
     def image(self, picture: Path | Figure, caption: str) -> None:
         """A PNG file or a matplotlib figure."""
         if isinstance(picture, Path):

@@ -70,7 +70,7 @@ class RunPage:
         """Write the page; a `state` of None means that the run goes on."""
         with self.pace, self.inside:
             run = self.settings
-            sections = [self._pictures(), _description(run), _commands(run, self.folder, state)]
+            sections = [health(self.records), self._pictures(), _description(run), _commands(run, self.folder, state)]
             title = f"{run['trainer']} on {run['dataset']}"
             lead = f"{run['family']} backbone, configuration {run['configuration']}, plans {run['plans']}"
             values: dict[str, Any] = {
@@ -79,7 +79,6 @@ class RunPage:
                 "alarms": self.alarms,
                 "progress": self._progress(),
                 "charts": charts(self.records),
-                "health": health_charts(self.records),
             }
             values |= {"refresh": REFRESH_S, "written": time.time(), "silent": max(SILENT_S, 2 * _seconds(self.records)), "resume": f"{run['command']} --c"}
             values["clock"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -119,10 +118,14 @@ def charts(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [(title, svg) for title, svg in drawn.items() if svg]
 
 
-def health_charts(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """Titles, meanings and SVG curves of what the health monitor measured."""
+def health(records: Sequence[Record]) -> Section:
+    """Charts of what the health monitor measured; empty where there is nothing yet."""
+    section = Section("Health of the features")
     drawn = [(chart, curves({chart.label(key): series(records, key) for key in keys})) for chart, keys in grouped(names(records, "health/"))]
-    return [(chart.title, chart.meaning, svg) for chart, svg in drawn if svg]
+    shown = [(chart.title, chart.meaning, svg) for chart, svg in drawn if svg]
+    if shown:
+        section.charts(shown)
+    return section
 
 
 def _seconds(records: Sequence[Record]) -> float:
