@@ -24,6 +24,8 @@ NAMES = (
     "loader_augmented",
     "mae_primus",
     "mae_resenc",
+    "dinov2_a",
+    "dinov2_b",
     "startup",
 )  # one module each, with run(quick) -> Result
 RESULTS = Path(__file__).with_name("results.json")

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
+from nnssl_ext.preprocessing.store import BODY_CELL
 
 THREADS = 2
 
@@ -117,6 +119,16 @@ class NoiseStore:
 
     def subject(self, case: int) -> str:
         return f"subject{case}"
+
+    @property
+    def identifiers(self) -> list[str]:
+        return [f"case{case}" for case in range(len(self))]
+
+    def geometry(self, case: int) -> Geometry:
+        return Geometry(self.shape(case), (1.0, 1.0, 1.0))
+
+    def body(self, case: int) -> np.ndarray:
+        return np.ones([-(-n // BODY_CELL) for n in self.shape(case)], bool)
 
     def fill(self, case: int) -> list[float]:
         return [0.0]
