@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from nnssl_ext.nn import assign, distributed
 from nnssl_ext.nn.precision import wide
+from nnssl_ext.nn.tokens import gather
 
 EPS = 1e-8  # distances in `koleo`
 
@@ -164,3 +165,20 @@ def koleo(x: Tensor) -> Tensor:
         loss = -(distance + EPS).log().mean()
         ranks = distributed.ranks()
         return ranks * loss - (ranks - 1) * loss.detach()  # the others' shares of this gradient are known here alone
+
+
+def gram_loss(student: Tensor, teacher: Tensor, index: Tensor) -> Tensor:
+    """Mean squared difference of the cosines between all pairs of some tokens of a crop, of the student and of the teacher.
+
+    The mean over pairs where the source has their sum: the loss does not grow with the number of tokens.
+
+    Args:
+        student: tokens, (B, N, C).
+        teacher: of the same crops, (B, N, C) or of another width; without gradient.
+        index: which tokens of each crop, (B, K).
+
+    Source: Siméoni et al. 2025, arXiv:2508.10104, section 4.2.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        ours, theirs = (F.normalize(wide(gather(x, index)), dim=2, eps=EPS) for x in (student, teacher.detach()))
+        return (ours @ ours.mT - theirs @ theirs.mT).square().mean()

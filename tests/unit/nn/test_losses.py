@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl_ext.nn import assign
-from nnssl_ext.nn.losses import cross_entropy_to, dino_loss, ibot_loss, ibot_weights, koleo, masked_mse
+from nnssl_ext.nn.losses import cross_entropy_to, dino_loss, gram_loss, ibot_loss, ibot_weights, koleo, masked_mse
 
 PRECISIONS = [(torch.float64, 1e-6), (torch.float32, 1e-5)]
 
@@ -301,3 +301,44 @@ def test_koleo_pushes_nearest_neighbours_apart():
         (gradient,) = torch.autograd.grad(koleo(x), x)
         x = (x - 0.1 * gradient).detach().requires_grad_()
     assert koleo(x).item() < before - 0.1
+
+
+def gram_in_loops(student, teacher, index):
+    """Mean over crops and ordered pairs of their tokens of the squared difference of cosines."""
+    terms = []
+    for crop, tokens in enumerate(index.tolist()):
+        for i in tokens:
+            for j in tokens:
+                cosines = [
+                    sum(a * b for a, b in zip(x[i], x[j])) / (sum(a * a for a in x[i]) * sum(b * b for b in x[j])).sqrt()
+                    for x in (student[crop], teacher[crop])
+                ]
+                terms.append((cosines[0] - cosines[1]) ** 2)
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_gram_loss_equals_plain_loops(kind, tolerance):
+    student = torch.randn(2, 7, 5, dtype=kind).requires_grad_()
+    teacher = torch.randn(2, 7, 3, dtype=kind)  # its width is its own
+    index = torch.stack([torch.randperm(7)[:4] for _ in range(2)])
+    mine, theirs = gram_loss(student, teacher, index), gram_in_loops(student, teacher, index)
+    assert mine.dtype == kind and mine.item() == pytest.approx(theirs.item(), rel=tolerance)
+    (one,), (two,) = torch.autograd.grad(mine, student), torch.autograd.grad(theirs, student)
+    assert one.norm() > 0 and (one - two).norm() <= 10 * tolerance * two.norm()
+
+
+def test_gram_loss_does_not_see_lengths_rotations_or_tokens_that_are_not_asked_for():
+    tokens, index = torch.randn(2, 9, 6, dtype=torch.float64), torch.tensor([[0, 3, 5], [1, 2, 8]])
+    turned = tokens @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0] * torch.rand(2, 9, 1, dtype=torch.float64).add(0.1)
+    assert gram_loss(turned, tokens, index).item() == pytest.approx(0, abs=1e-20)
+    turned[0, 4], turned[1, 0] = float("nan"), float("nan")
+    assert gram_loss(turned, tokens, index).item() == pytest.approx(0, abs=1e-20)
+
+
+def test_gram_loss_does_not_grow_with_the_number_of_tokens_and_is_in_single_precision_under_autocast():
+    student, teacher = torch.randn(1, 512, 64), torch.randn(1, 512, 64)
+    few, many = (gram_loss(student, teacher, torch.arange(n)[None]).item() for n in (128, 512))
+    assert few == pytest.approx(many, rel=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gram_loss(student, teacher, torch.arange(512)[None]).item() == pytest.approx(many, rel=1e-4)
