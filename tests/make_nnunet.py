@@ -28,7 +28,7 @@ def make_checkpoint(
 
     Args:
         path: the file to write.
-        family: "resenc" or "primus".
+        family: "resenc", "primus" or "primus_v2".
         channels: input channels of the pretraining.
         configuration: of the plan.
         transfer: "encoder" or "encoder+decoder".

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynamic_network_architectures.architectures.primus import Primus
+from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
 from torch import Tensor, nn
 
 # nnU-Net derives the scales of deep supervision from arch_kwargs["strides"] (all levels but the last) and gives the
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 FULL_RESOLUTION_STRIDES = ((1, 1, 1), (1, 1, 1), (1, 1, 1))
 
 
-class PlannedPrimus(Primus):
-    """Primus as an nnU-Net plan describes it; its state dict has the library's names.
+class _Planned(nn.Module):
+    """A Primus as an nnU-Net plan describes it; its state dict has the library's names.
 
     The input is always `input_shape` large: nnU-Net's sliding window feeds exactly the plan's patch size.
 
@@ -23,7 +23,7 @@ class PlannedPrimus(Primus):
         num_classes: segmentation heads.
         strides: for nnU-Net only (see `FULL_RESOLUTION_STRIDES`); the network has no strided levels.
         deep_supervision: whether the output is a list with one entry per scale, as nnU-Net's loss expects in training.
-        primus: all other arguments of the library's `Primus`, among them `input_shape` (voxels) and `patch_embed_size`.
+        primus: all other arguments of the library's class, among them `input_shape` (voxels) and `patch_embed_size`.
     """
 
     def __init__(
@@ -42,6 +42,17 @@ class PlannedPrimus(Primus):
         """Logits (B, num_classes, z, y, x); with deep supervision the same logits once per scale."""
         logits = super().forward(x, ret_mask)
         return [logits] * self.scales if self.decoder.deep_supervision else logits
+
+
+class PlannedPrimus(_Planned, Primus):
+    """Primus for nnU-Net plans."""
+
+
+class PlannedPrimusV2(_Planned, PrimusV2):
+    """Primus V2 for nnU-Net plans."""
+
+
+PLANNED = {library.__name__: planned for library, planned in ((Primus, PlannedPrimus), (PrimusV2, PlannedPrimusV2))}
 
 
 class DeepSupervisionSwitch(nn.Module):

@@ -16,7 +16,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import read_json, sha256_json, write_json
 from nnssl_ext.core.paths import root
-from nnssl_ext.finetuning.networks import FULL_RESOLUTION_STRIDES, PlannedPrimus
+from nnssl_ext.finetuning.networks import FULL_RESOLUTION_STRIDES, PLANNED
 from nnssl_ext.finetuning.pretrained import Pretrained
 
 LIKE_PRETRAINED, OWN = "like_pretrained", "own"
@@ -165,7 +165,7 @@ def _ct_statistics(pretrained: Pretrained, channel: str) -> dict[str, float]:
 
 def _architecture(pretrained: Pretrained, patch_size: Sequence[int]) -> dict[str, Any]:
     name, kwargs = pretrained.network.class_name, dict(pretrained.network.kwargs)
-    if name.rsplit(".", 1)[-1] == "Primus":
-        name = f"{PlannedPrimus.__module__}.{PlannedPrimus.__name__}"
+    if planned := PLANNED.get(name.rsplit(".", 1)[-1]):
+        name = f"{planned.__module__}.{planned.__name__}"
         kwargs.update(input_shape=list(patch_size), strides=[list(stride) for stride in FULL_RESOLUTION_STRIDES])
     return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": list(pretrained.network.imports)}

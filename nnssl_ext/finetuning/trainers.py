@@ -90,7 +90,7 @@ class nnsslPrimusTrainer_short(_Short, nnsslPrimusTrainer):
     """The recipe for Primus, cut short."""
 
 
-DEFAULT_TRAINERS = {"resenc": nnsslResEncTrainer.__name__, "primus": nnsslPrimusTrainer.__name__}
+DEFAULT_TRAINERS = {"resenc": nnsslResEncTrainer.__name__, **dict.fromkeys(("primus", "primus_v2"), nnsslPrimusTrainer.__name__)}
 
 
 def _positive(variable: str, default: int) -> int:

@@ -38,11 +38,12 @@ class Planner:
         memory_gb: memory target in GB.
     """
 
-    families: dict[str, Callable[..., NetworkPlan]] = {"resenc": resenc.network, "primus": primus.network}
+    families: dict[str, Callable[..., NetworkPlan | None]] = {"resenc": resenc.network, "primus": primus.network, "primus_v2": primus.network_v2}
     # smallest memory target in GB -> size, largest patch in voxels, largest batch. Below 6 GB speed on a CPU decides, not memory.
     sizes: dict[str, tuple[tuple[float, str], ...]] = {
         "resenc": ((0, "nano"), (2, "tiny"), (6, "S"), (8, "M"), (20, "L")),
         "primus": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "B"), (20, "M"), (40, "L")),
+        "primus_v2": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "B"), (20, "M"), (40, "L")),
     }
     limits: tuple[tuple[float, int, int], ...] = ((0, 32**3, 4), (1, 48**3, 4), (2, 64**3, 4), (6, 192**3, 64))
 
@@ -143,7 +144,8 @@ class Planner:
         median_shape = np.maximum(1, np.round(np.median(shapes, axis=0))).astype(int).tolist()
         patch = self.patch_size(mm, median_shape)
         batch_limit = max(2, min(self._limit(2), len(self.shapes)))
-        networks = {family: self._network(family, mm, patch, batch_limit) for family in self.families}
+        found = {family: self._network(family, mm, patch, batch_limit) for family in self.families}
+        networks = {family: network for family, network in found.items() if network is not None}
         size = f"median case {_by(median_shape)} voxels, patch {_by(patch)}"
         text = "each case's own spacing" if spacing is None else f"spacing {_by(np.round(mm, 3))} mm ({_WHY_SPACING[name]})"
         self.decisions.append(f"{name}: {text}, {size}")
@@ -193,11 +195,11 @@ class Planner:
             return " (no larger batch: as many as there are cases, or as train at a good pace)"
         return " (as many samples as fit)" if network.memory_gb <= self.memory_gb else " (more than the target: no smaller network is known)"
 
-    def _network(self, family: str, spacing: Sequence[float], patch: Sequence[int], batch_limit: int) -> NetworkPlan:
-        """The family's largest size that trains two samples within the memory target; the smallest when none does."""
+    def _network(self, family: str, spacing: Sequence[float], patch: Sequence[int], batch_limit: int) -> NetworkPlan | None:
+        """The family's largest size that trains two samples within the memory target; the smallest when none does, None where the family has none."""
         for size in reversed(self._sizes(family)):
             network = self.families[family](spacing, patch, size, self.memory_gb, batch_limit)
-            if network.batch_size >= 2 and network.memory_gb <= self.memory_gb:
+            if network is None or (network.batch_size >= 2 and network.memory_gb <= self.memory_gb):
                 break
         return network
 
@@ -250,7 +252,7 @@ class Planner:
         shape, smallest = [int(p) for p in patch], {family: self._sizes(family)[0] for family in self.families}
         sizes = {**smallest, "resenc": self._size("resenc")} if "resenc" in self.families else smallest
         networks = [self.families[family](spacing, shape, size, self.memory_gb, 2) for family, size in sizes.items()]
-        return all(network.batch_size >= 2 and network.memory_gb <= self.memory_gb for network in networks)
+        return all(network is None or (network.batch_size >= 2 and network.memory_gb <= self.memory_gb) for network in networks)
 
 
 def plan_experiment(dataset_name: str, planner: str = "Planner", plans_name: str = "nnsslPlans", gpu_memory_target_gb: float | None = None) -> Plan:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from nnssl_ext.core.plan import NetworkPlan, Plan
-from nnssl_ext.planners.memory import Footprint
+from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.planners.memory import Footprint, precision
 
 TOKEN = 8  # voxels along the finest axis
 SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny for the CPU
@@ -23,6 +22,7 @@ SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny f
 BYTES_PER_UNIT = {"fp32": 112.0, "bf16": 80.0}  # of a token, channel and block; measured 110-115 and 69-77 (all tokens encoded, attention not stored)
 BYTES_PER_PARAMETER = 18.0  # AdamW: weight, gradient, two moments in float32; a bfloat16 copy of the weight
 BYTES_PER_VOXEL = 8.0  # of the crop: the image and its tokens in float32
+TOKENIZER_BYTES_PER_VOXEL = {"fp32": 1150.0, "bf16": 700.0}  # of the crop, Primus V2; measured 1080-1140 and 630-690 (48^3 and larger)
 
 
 def token_size(spacing: Sequence[float]) -> tuple[int, ...]:
@@ -39,22 +39,23 @@ def local_crop(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ..
 
 def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan:
     """The Primus for a patch, with the batch size that fits `target_gb` (at least 1) when all tokens are encoded."""
-    preset = SIZES[size]
+    return _network("Primus", token_size(spacing), patch_size, size, target_gb, max_batch, BYTES_PER_VOXEL)
+
+
+def network_v2(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan | None:
+    """The Primus V2 for a patch; None where the tokens are not cubes of 8 voxels, which its tokenizer always makes, or where there is one alone."""
     token = token_size(spacing)
+    if token != (TOKEN,) * 3 or max(patch_size) == TOKEN:
+        return None
+    return _network("PrimusV2", token, patch_size, size, target_gb, max_batch, TOKENIZER_BYTES_PER_VOXEL[precision(target_gb)])
+
+
+def _network(name: str, token: Sequence[int], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int, bytes_per_voxel: float) -> NetworkPlan:
+    preset = SIZES[size]
     tokens = int(np.prod([p // t for p, t in zip(patch_size, token)]))
     width, depth = preset["embed_dim"], preset["eva_depth"]
     parameters = 12.0 * depth * width**2 + tokens * width  # blocks and positions
-    footprint = Footprint(parameters, BYTES_PER_PARAMETER, float(tokens * width * depth), BYTES_PER_UNIT, BYTES_PER_VOXEL * float(np.prod(patch_size)))
+    footprint = Footprint(parameters, BYTES_PER_PARAMETER, float(tokens * width * depth), BYTES_PER_UNIT, bytes_per_voxel * float(np.prod(patch_size)))
     batch, memory_gb = footprint.batch(target_gb, max_batch)
     kwargs: dict[str, Any] = {**preset, "patch_embed_size": list(token), "drop_path_rate": 0.2, "init_values": 0.1, "scale_attn_inner": True}
-    return NetworkPlan(size, "dynamic_network_architectures.architectures.primus.Primus", kwargs, (), batch, memory_gb)
-
-
-def with_registers(plan: Plan, configuration: str, family: str, count: int) -> Plan:
-    """The plan with `count` register tokens in a network, learned tokens that all others attend to; as it is for 0."""
-    if not count:
-        return plan
-    config = plan.configuration(configuration)
-    network = config.network(family)
-    network = replace(network, kwargs={**network.kwargs, "num_register_tokens": count})
-    return replace(plan, configurations={**plan.configurations, configuration: replace(config, networks={**config.networks, family: network})})
+    return NetworkPlan(size, f"dynamic_network_architectures.architectures.primus.{name}", kwargs, (), batch, memory_gb)

@@ -28,7 +28,11 @@ from nnssl_ext.nn.tokens import resize_positions
 from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, write_fingerprint
 
 pytestmark = pytest.mark.nnunet
-STEM = {"resenc": "encoder.stem.convs.0.conv.weight", "primus": "down_projection.proj.weight"}
+STEM = {
+    "resenc": "encoder.stem.convs.0.conv.weight",
+    "primus": "down_projection.proj.weight",
+    "primus_v2": "down_projection.stem.blocks.0.skip.0.conv.weight",
+}
 
 
 @pytest.fixture
@@ -46,12 +50,12 @@ def prepare(roots: dict[str, Path], channels: int = 1, options: PlanOptions | No
 
 @pytest.mark.parametrize("patch", [(32, 32, 32), (16, 32, 48)], ids=str)
 @pytest.mark.parametrize("channels", [1, 2, 4])
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", ["resenc", "primus", "primus_v2"])
 def test_every_tensor_arrives_through_nnunets_own_loader(roots, tmp_path, family, channels, patch):
     pretrained, plans = prepare(roots, channels, PlanOptions(patch_size=patch), family=family)
     report = export_nnunet(pretrained, plans, "3d_fullres", tmp_path / "out.pth")
     assert report.fraction_of_encoder == 1.0
-    assert bool(report.repeated) == (channels > 1) and bool(report.resized) == (family == "primus" and patch != (32, 32, 32))
+    assert bool(report.repeated) == (channels > 1) and bool(report.resized) == (family != "resenc" and patch != (32, 32, 32))
     assert all(not name.startswith(pretrained.modules) for name in report.untouched)
 
     network = Target(plans, "3d_fullres", "nnUNetTrainer").build(seed=99)
@@ -218,6 +222,7 @@ def preprocessed(tmp_path_factory):
     [
         ("resenc", None, "nnUNetTrainer"),
         ("primus", None, "nnUNetTrainer"),
+        ("primus_v2", None, "nnUNetTrainer"),
         ("primus", "S", "nnUNet_Primus_S_Trainer"),
         ("resenc", None, "nnsslResEncTrainer_short"),
         ("primus", None, "nnsslPrimusTrainer_short"),

@@ -90,7 +90,7 @@ def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = 
 
     Args:
         config: the configuration; its `networks` name class and arguments.
-        family: "resenc" or "primus".
+        family: "resenc", "primus" or "primus_v2".
         channels: input channels.
         where: named in errors.
 

@@ -20,8 +20,8 @@ def image():
     return torch.randn(2, 1, *CONFIG.patch_size)
 
 
-def test_both_families_are_found():
-    assert set(families()) == {"resenc", "primus"}
+def test_all_families_are_found():
+    assert set(families()) == {"resenc", "primus", "primus_v2"}
 
 
 def test_the_decoders_features_give_the_librarys_output(image):

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
+from nnssl_ext.nn.backbones.primus_v2 import PrimusV2Backbone
 from nnssl_ext.nn.backbones.resenc import ResEncBackbone
 from nnssl_ext.planners import primus, resenc
 from nnssl_ext.planners.memory import Footprint, precision
@@ -48,10 +49,18 @@ def test_the_memory_of_a_unet_in_training_is_estimated_within_thirty_percent(siz
 
 
 @pytest.mark.parametrize("target", [4.0, 24.0])
-@pytest.mark.parametrize(("size", "spacing", "patch"), [("nano", (1, 1, 1), (64, 64, 64)), ("tiny", (4, 1, 1), (12, 96, 64))])
-def test_the_memory_of_a_transformer_in_training_is_estimated_within_thirty_percent(size, spacing, patch, target, tmp_path):
-    network = primus.network(spacing, patch, size, target, 2)
-    model = PrimusBackbone(1, patch, network.class_name, dict(network.kwargs), network.imports)
+@pytest.mark.parametrize(
+    ("backbone", "size", "spacing", "patch"),
+    [
+        (PrimusBackbone, "nano", (1, 1, 1), (64, 64, 64)),
+        (PrimusBackbone, "tiny", (4, 1, 1), (12, 96, 64)),
+        (PrimusV2Backbone, "nano", (1, 1, 1), (32, 32, 32)),
+        (PrimusV2Backbone, "tiny", (1, 1, 1), (32, 48, 40)),
+    ],
+)
+def test_the_memory_of_a_transformer_in_training_is_estimated_within_thirty_percent(backbone, size, spacing, patch, target, tmp_path):
+    network = (primus.network if backbone is PrimusBackbone else primus.network_v2)(spacing, patch, size, target, 2)
+    model = backbone(1, patch, network.class_name, dict(network.kwargs), network.imports)
     optimizer = torch.optim.AdamW(model.parameters())
     image = torch.randn(network.batch_size, 1, *patch)
     measured = step_peak_gb(model, model.tokens, optimizer, image, precision(target), tmp_path / "trace.json")
