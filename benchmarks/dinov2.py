@@ -105,6 +105,7 @@ def work(side: str, what: tuple[str, str, float]) -> Callable[[], object]:
 
     def step() -> None:
         crops = Crops.of(next(turn))
+        assert crops.small is not None
         plain.step(crops.large, crops.small, crops.mask)
 
     return step
@@ -151,13 +152,7 @@ def measure(name: str, repetitions: int) -> Result:
     held = {" ".join(side): memory("dinov2", side[0], (name, side[1], DROP_PATH)) for side in (peer, default, same)}
     above = {key: value["peak"] - value["base"] for key, value in held.items()}
     shares = {key: round(value / above["peer same"], 3) for key, value in above.items() if key != "peer same"}
-    same_masks = {
-        "ratio": round(equal.ratio, 3),
-        "min": round(equal.min, 3),
-        "max": round(equal.max, 3),
-        **equal.detail["wall_s"],
-        "cpu_s": round(equal.ours, 3),
-    }
+    same_masks = {key: value for key, value in equal.as_dict().items() if key in ("ratio", "min", "max", "ours", "peer")} | {"wall_s": equal.detail["wall_s"]}
     detail = {
         **vars(SETTINGS[name]),
         "batch": BATCH,

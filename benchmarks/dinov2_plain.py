@@ -1,10 +1,11 @@
 """DINOv2 in 3D as its paper's formulas read, nothing saved: the peer of dinov2_a and dinov2_b.
 
 The library's Primus at two crop sizes (positions interpolated, rotary positions of each grid), two class-attention blocks that
-sum up its tokens, separate DINO and iBOT heads. As public implementations do, the iBOT head sees ALL tokens of the global crops,
-of student and teacher, and masked tokens are selected from its (tokens, prototypes) logits; Sinkhorn in the exponential domain,
-log_softmax over all prototypes, AdamW, clipping of the whole gradient, a momentum teacher updated parameter by parameter. Network,
-crops, masks and losses are those of DINOv2Trainer, without what its batch sizes here leave out (KoLeo).
+sum up its tokens (starting from their mean), separate DINO and iBOT heads. As public implementations do, the iBOT head sees ALL
+tokens of the global crops, of student and teacher, and masked tokens are selected from its (tokens, prototypes) logits. Sinkhorn
+in the exponential domain, log_softmax over all prototypes, AdamW, clipping of the whole gradient, a momentum teacher updated
+parameter by parameter. Network, crops, masks and losses are those of DINOv2Trainer, without what its batch sizes here leave out
+(KoLeo).
 
 Source: Oquab et al. 2023, arXiv:2304.07193; Zhou et al. 2021, arXiv:2111.07832; Touvron et al. 2021, arXiv:2103.17239 (class attention).
 """
@@ -69,7 +70,7 @@ class PlainEncoder(nn.Module):
         for block in eva.blocks:
             tokens = block(tokens, rope=rotary)
         tokens = eva.norm(tokens)
-        query = self.query.expand(len(tokens), 1, -1)
+        query = self.query + tokens.mean(1, keepdim=True)
         for layer in self.layers:
             query = layer(query, tokens)
         return tokens, self.norm(query[:, 0])
@@ -161,9 +162,9 @@ class PlainDINOv2:
 
     def step(self, global_crops: Tensor, local_crops: Tensor, mask: Tensor) -> None:
         """One optimiser step."""
-        loss = sum(self.losses(global_crops, local_crops, mask))
+        dino, ibot = self.losses(global_crops, local_crops, mask)
         self.optimizer.zero_grad()
-        loss.backward()
+        (dino + ibot).backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 3.0)
         self.optimizer.step()
         with torch.no_grad():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.dinov2 import copy_weights
+from benchmarks import common
+from benchmarks.dinov2 import copy_weights, gflop, measure, work
 from benchmarks.dinov2_plain import PlainDINOv2, PlainEncoder, PlainHead, PlainNetwork, sinkhorn
 from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.nn.dinov2 import Crops, DINOv2Model, HeadSize, Network
@@ -72,3 +73,18 @@ def test_a_step_lowers_the_loss_and_moves_the_teacher_a_little():
     assert sum(plain.losses(batch.large, batch.small, batch.mask)).item() < before
     moved, toward = plain.teacher.encoder.mask_token - weight, old - weight
     assert 0.02 < float((moved @ toward) / (toward @ toward)) < 0.06  # 1 - .992^5 of the way
+
+
+def test_fewer_hidden_tokens_are_fewer_operations_and_a_full_head_has_the_most():
+    counted = [gflop(work(side, ("quick", masks, 0.0)), 1) for side, masks in (("ours", "default"), ("ours", "same"), ("peer", "same"))]
+    assert 0 < counted[0] < counted[1] < counted[2]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_names_every_figure(monkeypatch):
+    monkeypatch.setattr(common, "THREADS", 1)
+    result = measure("quick", repetitions=1).as_dict()
+    assert result["ratio"] > 0 and result["detail"]["same_masks"]["ratio"] > 0
+    assert set(result["detail"]["above_base_share"]) == {"ours default", "ours same"}
+    assert 0 < result["detail"]["heads_share"]["ours"] < result["detail"]["heads_share"]["ours_same_masks"] < 1
+    assert 0.15 <= result["detail"]["hidden_share"]["ours"] <= 0.3
