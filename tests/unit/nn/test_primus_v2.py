@@ -1,5 +1,7 @@
 """Primus V2: the library's tokens, hidden voxels, and what a hand-off must know of its tokenizer."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,10 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.nn.backbones.primus_v2 import PrimusV2Backbone
 from nnssl_ext.nn.tokens import resize_positions
-from tests.make_data import make_plan
+from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.dinov2 import DINOv2Trainer
+from tests.conformance.pairs import OPTIONS
+from tests.make_data import make_plan, tiny_plan, tiny_store
 
 CLASS = "dynamic_network_architectures.architectures.primus.PrimusV2"
 KWARGS = {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "init_values": 0.1, "scale_attn_inner": True, "patch_embed_size": (8, 8, 8)}
@@ -115,3 +120,20 @@ def test_a_neighbours_visible_voxels_reach_a_token_which_is_why_dropping_tokens_
     other[..., 8:16] = F.dropout(other[..., 8:16], 0.5, training=True)
     embedded, changed = (backbone._embed(x, None, None) for x in (image, other))
     assert not torch.allclose(embedded[0, 0], changed[0, 0])
+
+
+def test_self_distillation_trains_all_of_it_and_writes_what_a_hand_off_needs(tmp_path):
+    plan, network = tiny_plan(), make_plan().configuration("3d_fullres").network("primus_v2")
+    network = dataclasses.replace(network, kwargs={**network.kwargs, **KWARGS, "patch_embed_size": [8, 8, 8]}, batch_size=2)
+    config = dataclasses.replace(plan.configuration("3d_fullres"), networks={"primus_v2": network})
+    plan = dataclasses.replace(plan, configurations={"3d_fullres": config})
+    short = {"epochs": 1, "iterations": 2, "val_iterations": 1, "batch_size": 2, "workers": 0, **OPTIONS["DINOv2Trainer"]}
+    trainer = DINOv2Trainer(plan, "3d_fullres", DINOv2Trainer.Config(**short), tiny_store(), tmp_path, family="primus_v2")
+    trainer.initialize()
+    before = {key: value.clone() for key, value in trainer.backbone.network_weights().items()}
+    trainer.fit()
+    content = load_checkpoint(tmp_path / "checkpoint_final.pth")
+    trained = {name for name, _ in trainer.backbone.net.named_parameters()}
+    assert all(not torch.equal(content["network_weights"][name], before[name]) for name in trained)
+    adaptation = content["nnssl_adaptation_plan"]
+    assert adaptation["architecture_plans"]["arch_class_name"] == "PrimusV2" and len(adaptation["keys_to_in_proj"]) == 4
