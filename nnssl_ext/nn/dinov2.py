@@ -16,6 +16,7 @@ from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn import assign, health
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.class_attention import ClassAttention
+from nnssl_ext.nn.gram import GramAnchor
 from nnssl_ext.nn.heads import ProjectionHead
 from nnssl_ext.nn.losses import dino_loss, ibot_loss, ibot_weights, koleo
 from nnssl_ext.nn.momentum import MomentumTeacher
@@ -38,21 +39,28 @@ class Network(nn.Module):
     """Backbone, summary of its tokens, heads; the student, and copied the teacher.
 
     The summary attends to the tokens and not the other way round, so that the exported backbone gives the same tokens.
+
+    Args:
+        backbone: with a register token where `class_token` is on.
+        heads: attention heads of the summary.
+        size: of both heads.
+        class_token: the backbone's first register is the summary, as in a classic vision transformer: tokens attend to it.
     """
 
-    def __init__(self, backbone: PrimusBackbone, heads: int, size: HeadSize) -> None:
+    def __init__(self, backbone: PrimusBackbone, heads: int, size: HeadSize, class_token: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.mask_token = nn.Parameter(torch.empty(backbone.width).normal_(std=0.02))
-        self.summary = ClassAttention(backbone.width, heads)
+        self.summary = None if class_token else ClassAttention(backbone.width, heads)
         self.dino_head = ProjectionHead(backbone.width, size.hidden, size.bottleneck, size.prototypes)
         self.ibot_head = ProjectionHead(backbone.width, size.hidden, size.bottleneck, size.prototypes)
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summaries (n, C) and tokens (n, N, C) of crops (n, channels, z, y, x); `mask` (n, d, h, w), True = hidden."""
         hidden = None if mask is None else mask.flatten(1)
-        tokens = self.backbone.tokens(image, mask=hidden, mask_token=None if mask is None else self.mask_token)
-        return self.summary(tokens), tokens
+        both = self.backbone.tokens(image, mask=hidden, mask_token=None if mask is None else self.mask_token, registers=True)
+        tokens = both[:, self.backbone.registers :]
+        return both[:, 0] if self.summary is None else self.summary(tokens), tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Output:
     """Losses (scalars, unweighted), and detached tensors for figures.
 
     Args:
-        losses: "dino", "ibot", "koleo".
+        losses: "dino", "ibot", "koleo", "gram".
         summary: of the student, before the head, of the global crops, (G, C).
         patches: the teacher's tokens of the global crops, (G, N, C).
         dino, ibot: what the teacher's heads say; of the global crops (G, K) and of the hidden tokens (M, K).
@@ -143,19 +151,22 @@ class DINOv2Model(nn.Module):
         student: the teacher starts as its exact copy, heads included.
         centring: of the summaries' targets: "centre", "sinkhorn", or "none" (which collapses; then the tokens' targets aren't balanced either).
         unmasked: whether the summaries come from a pass of their own over whole crops.
+        anchored: whether there is an anchor for the student's tokens (`gram`).
     """
 
-    def __init__(self, student: Network, centring: str, unmasked: bool = False) -> None:
+    def __init__(self, student: Network, centring: str, unmasked: bool = False, anchored: bool = False) -> None:
         super().__init__()
         self.student, self.teacher = student, MomentumTeacher(student)
+        self.anchor = GramAnchor(student.backbone) if anchored else None
         self.centring, self.unmasked = centring, unmasked
         self.centre = assign.Centre(student.dino_head.prototypes.shape[0])
 
-    def forward(self, crops: Crops, temperature: float) -> Output:
+    def forward(self, crops: Crops, temperature: float, hidden_share: float | None = None) -> Output:
         """All losses of a batch.
 
         Args:
             temperature: the teacher's.
+            hidden_share: of a crop's tokens, at most; with it "gram" is among the losses.
         """
         dino, ibot, patches = self.teach(crops, temperature)
         summary, tokens = self.student(crops.large, crops.mask)
@@ -171,6 +182,8 @@ class DINOv2Model(nn.Module):
             "ibot": ibot_loss(z, directions, assign.targets(ibot.logits, temperature, ibot.row, ibot.column), weights, STUDENT_TEMPERATURE),
             "koleo": koleo(summary[: len(summary) // 2]) + koleo(summary[len(summary) // 2 :]),
         }
+        if self.anchor is not None and hidden_share is not None:
+            losses["gram"] = self.anchor.loss(tokens, crops.large, crops.mask, hidden_share)
         return Output(losses, summary.detach(), patches, dino, ibot, (z.detach(), directions.detach()))
 
     @torch.no_grad()
@@ -185,6 +198,12 @@ class DINOv2Model(nn.Module):
         of_tokens = assign.softmax if self.centring == "none" else assign.sinkhorn
         dino = Teaching(seen, temperature, *of_summaries(seen, temperature), self.centring == "sinkhorn")
         return dino, Teaching(told, temperature, *of_tokens(told, temperature), self.centring != "none"), patches
+
+    def take_anchor(self) -> None:
+        """The teacher's backbone as it is now becomes the anchor."""
+        teacher: Any = self.teacher.net
+        if self.anchor is not None:
+            self.anchor.update(teacher.backbone, 0.0)
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

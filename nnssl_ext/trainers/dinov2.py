@@ -63,11 +63,15 @@ class DINOv2Trainer(SSLTrainer):
         koleo_weight: float = 0.1  # 0 below 16 volumes per step
         unmasked_pass: bool = False  # the summaries from a pass of their own over whole crops: dearer, sometimes steadier
         registers: int = 0  # learned tokens beside the patches'; the exported network has them too
+        class_token: bool = False  # the first register is the summary (one is added where there is none), instead of attention on top
+
+        gram: float = 0.0  # weight of the distance to the similarities of tokens that the anchor has, a copy of the teacher
+        gram_start: float = field(default=0.75, metadata=SHARE)  # share of the epochs after which it is taken
 
     def __init__(
         self, plan: Plan, configuration: str, config: Config, store: CaseStore, folder: Path | str, *, family: str | None = None, device: str = "cpu"
     ) -> None:
-        plan = with_registers(plan, configuration, family or self.default_family, config.registers)
+        plan = with_registers(plan, configuration, family or self.default_family, max(config.registers, int(config.class_token)))
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
         if config.batch_size is None:
             self.batch_size = max(2, self.batch_size // 4)  # the planned one is for one crop per volume; here two and their teacher's, and small ones
@@ -80,6 +84,7 @@ class DINOv2Trainer(SSLTrainer):
             steps=self.total_steps,
         )
         self.recipe = replace(self.recipe, lr=self.settings.lr)
+        self.gram_step = round(config.gram_start * config.epochs) * config.iterations
 
     def views(self) -> ViewSpec:
         patch, token = self.config_plan.patch_size, self.network_plan.kwargs["patch_embed_size"]
@@ -88,8 +93,8 @@ class DINOv2Trainer(SSLTrainer):
 
     def build(self, backbone: Backbone) -> nn.Module:
         assert isinstance(backbone, PrimusBackbone)
-        student = Network(backbone, self.network_plan.kwargs["eva_numheads"], self.settings.heads)
-        return DINOv2Model(student, self.settings.centring, self.config.unmasked_pass)
+        student = Network(backbone, self.network_plan.kwargs["eva_numheads"], self.settings.heads, self.config.class_token)
+        return DINOv2Model(student, self.settings.centring, self.config.unmasked_pass, self.config.gram > 0)
 
     def initialize(self) -> None:
         super().initialize()
@@ -106,15 +111,19 @@ class DINOv2Trainer(SSLTrainer):
         return layer_groups(student, layers, stem, self.recipe.weight_decay, last_layers=prototypes, decay=self.config.layer_decay)
 
     def schedule(self, step: int) -> None:
+        if step == self.gram_step:
+            self.model.take_anchor()
         rate = cosine(step, self.total_steps, self.recipe.lr, LOWEST_RATE, self.warmup_steps)
         decay = cosine(step, self.total_steps, self.recipe.weight_decay, self.config.last_weight_decay)
         set_rates(self.optimizer, rate, decay, frozen=(LAST_LAYER,) if step < self.settings.freeze else ())
 
     def step(self, model: nn.Module, batch: Batch) -> Losses:
         temperature = linear(self.next_step, round(self.config.temperature_ramp * self.total_steps), *self.settings.temperatures)
-        output = model(Crops.of(batch), temperature)
+        anchored = self.config.gram > 0 and self.next_step - (not model.training) >= self.gram_step
+        output = model(Crops.of(batch), temperature, self.config.mask_ratio[1] if anchored else None)
         warm = min(1.0, (self.next_step + 1) / max(1, self.warmup_steps))
         weights = {"dino": 1.0, "ibot": self.config.ibot_weight} | ({"koleo": self.settings.koleo * warm} if self.settings.koleo else {})
+        weights |= {"gram": self.config.gram} if anchored else {}
         losses = {name: output.losses[name] for name in weights}
         self._watch(output, temperature)
         return {"total": sum(weights[name] * loss for name, loss in losses.items()), **losses}

@@ -187,8 +187,9 @@ class HealthMonitor:
         if self.tapped:
             return
         self.tapped = True
+        grid = [size // stride for size, stride in zip(x.shape[2:], self.backbone.strides[-1])]
         tokens = features[-1].flatten(2).mT if isinstance(features, list) else features  # (B, N, C)
-        tokens = tokens.detach()[: self.per_step]
+        tokens = tokens.detach()[: self.per_step, -math.prod(grid) :]  # without register tokens
         count = tokens.shape[1]
         chosen = (torch.arange(min(count, max(2, self.per_step // len(tokens))), device=x.device) * _stride(count) + self.step) % count
         patches = tokens[:, chosen].float()
@@ -198,7 +199,6 @@ class HealthMonitor:
         self._count("patch_variance_within", within)
         if len(tokens) > 1:
             self._count("patch_variance_between", between)
-        grid = [size // stride for size, stride in zip(x.shape[2:], self.backbone.strides[-1])]
         if keep is not None or count == math.prod(grid):
             index = keep[: len(tokens), chosen] if keep is not None else chosen.expand(len(tokens), -1)
             place = torch.stack((index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]), -1)

@@ -31,6 +31,7 @@ class PrimusBackbone(Backbone):
         token: voxels of a token, (z, y, x).
         grid: tokens of the planned patch, (z, y, x).
         width: channels of a token's features.
+        registers: learned tokens beside those of the image.
 
     Source: Wald et al. 2025, arXiv:2503.01835.
     """
@@ -48,6 +49,7 @@ class PrimusBackbone(Backbone):
         net_class: Any = resolve({"net": class_name}, ["net"])["net"]
         self.net = net_class(input_channels=channels, num_classes=2, input_shape=self.patch_size, **resolve(self.kwargs, self.imports))
         self.net.up_projection = nn.Identity()
+        self.registers = int(self.net.eva.num_prefix_tokens)
         for block in self.net.eva.blocks:
             skip_dropped(block)
         self._tables: dict[Any, Tensor] = {}
@@ -61,7 +63,7 @@ class PrimusBackbone(Backbone):
         check_divisible(size, self.token, "token size", "input size", f"{self.family} backbone")
         return tuple(edge // t for edge, t in zip(size, self.token))
 
-    def tokens(self, x: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+    def tokens(self, x: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None, *, registers: bool = False) -> Tensor:
         """Token features (B, N, C) of an input of any size that the token divides.
 
         Args:
@@ -69,29 +71,30 @@ class PrimusBackbone(Backbone):
             keep: (B, K) indices; only these tokens are read and encoded, the result is (B, K, C). Not together with `mask`.
             mask: (B, N) bool, which tokens are hidden: their voxels have no influence.
             mask_token: (C,), what stands for a hidden token; its position is added as to any other.
+            registers: whether the register tokens come along, before all others.
 
         Raises:
             UserError: an axis that the token does not divide.
         """
         assert keep is None or mask is None
         eva, grid = self.net.eva, self.grid_of(x.shape[2:])
-        features, rotary, registers = self._embed(x, keep, mask), self._rotary(grid), self.net.register_tokens
+        features, rotary, extra = self._embed(x, keep, mask), self._rotary(grid), self.net.register_tokens
         if mask is not None and mask_token is not None:
             features = torch.where(mask[..., None], mask_token.to(features.dtype), features)
         if eva.pos_embed is not None:
-            first, positions = eva.pos_embed.split((eva.num_prefix_tokens, eva.pos_embed.shape[1] - eva.num_prefix_tokens), 1)
+            first, positions = eva.pos_embed.split((self.registers, eva.pos_embed.shape[1] - self.registers), 1)
             positions = resize_positions(positions, self.grid, grid)
             features = features + (positions if keep is None else gather(positions.expand(len(x), -1, -1), keep))
-            registers = None if registers is None else registers + first
-        if registers is not None:
-            features = torch.cat((registers.expand(len(x), -1, -1), features), 1)
+            extra = None if extra is None else extra + first
+        if extra is not None:
+            features = torch.cat((extra.expand(len(x), -1, -1), features), 1)
         if keep is not None and rotary is not None:
             rotary = rotary[keep].unsqueeze(1)
         features = eva.pos_drop(features)
         for block in eva.blocks:
             features = block(features, rope=rotary)
         normed: Tensor = eva.norm(features)
-        return normed[:, eva.num_prefix_tokens :]
+        return normed if registers else normed[:, self.registers :]
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         z, y, w = self.grid_of(x.shape[2:])
