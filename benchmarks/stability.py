@@ -33,6 +33,7 @@ from nnssl_ext.core.plan import Plan
 from nnssl_ext.nn.health import rank_me, singular_values
 from nnssl_ext.planners import primus
 from nnssl_ext.trainers.base import SSLTrainer
+from nnssl_ext.trainers.config import parse_overrides
 from nnssl_ext.trainers.dinov2 import DINOv2Trainer
 from nnssl_ext.trainers.pictures import evaluating
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
@@ -57,13 +58,17 @@ def make_small_plan() -> Plan:
     return make_plan(PATCH, "primus", network)
 
 
-def train(variant: str, seed: int, out: Path, iterations: int) -> None:
-    """One run and its result, `VARIANT_SEED.json`; what a former attempt left of it is thrown away."""
+def train(variant: str, seed: int, out: Path, iterations: int, base: dict[str, Any]) -> None:
+    """One run and its result, `VARIANT_SEED.json`; what a former attempt left of it is thrown away.
+
+    Args:
+        base: hyper-parameters of all variants, where a variant has no other ones.
+    """
     torch.set_num_threads(1)
     os.environ[VARIABLE] = "none"
     folder, data = out / f"{variant}_{seed}", out / "phantoms"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {**VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed, "batch_size": BATCH}
+    options = {**base, **VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed, "batch_size": BATCH}
     store: Any = phantoms.PhantomStore(data)
     trainer = METHOD(make_small_plan(), "3d_fullres", METHOD.Config(**options), store, folder, family="primus")
     probe = phantoms.TokenProbe(data, PATCH)
@@ -159,16 +164,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"steps of each of the {EPOCHS} windows")
+    parser.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters of all variants, where a variant has no other ones")
     parser.add_argument("--single", action="store_true", help="train the one variant and seed in this process")
     options = parser.parse_args()
     out = options.out.resolve()
     if options.single:
-        train(options.variants[0], options.seeds[0], out, options.iterations)
+        train(options.variants[0], options.seeds[0], out, options.iterations, parse_overrides(METHOD.Config, options.o))
         return 0
     phantoms.make(out / "phantoms", options.jobs)
     missing = [(variant, seed) for seed in options.seeds for variant in options.variants if not (out / f"{variant}_{seed}.json").is_file()]
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(partial(_child, out=out, iterations=options.iterations), missing))
+        codes = list(pool.map(partial(_child, out=out, more=["--iterations", str(options.iterations), *(["-o", *options.o] if options.o else [])]), missing))
     summary = summarize(out, options.variants, options.seeds)
     write_json(out / "summary.json", summary)
     write_text(out / "summary.md", table(summary))
@@ -177,13 +183,13 @@ def main() -> int:
     return int(any(codes))
 
 
-def _child(run: tuple[str, int], out: Path, iterations: int) -> int:
+def _child(run: tuple[str, int], out: Path, more: Sequence[str]) -> int:
     """Train in a process of its own, on one core; what it says goes to VARIANT_SEED.log."""
     variant, seed = run
-    command = [sys.executable, "-m", "benchmarks.stability", "--single", "--out", str(out), "--iterations", str(iterations)]
+    command = [sys.executable, "-m", "benchmarks.stability", "--single", "--out", str(out), "--variants", variant, "--seeds", str(seed), *more]
     one_core = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     with open(out / f"{variant}_{seed}.log", "w", encoding="utf-8") as log:
-        code = subprocess.run([*command, "--variants", variant, "--seeds", str(seed)], stdout=log, stderr=log, env={**os.environ, **one_core}, check=False)
+        code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **one_core}, check=False)
     print(f"{variant}, seed {seed}: {'done' if code.returncode == 0 else f'failed, see {log.name}'}", flush=True)
     return code.returncode
 
