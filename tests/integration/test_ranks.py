@@ -14,6 +14,7 @@ from nnssl_ext.data.loader import batches
 from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.initial import Initial
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.conformance.pairs import PAIRS, Pair
 from tests.toy_trainers import ToyEMATrainer
@@ -70,6 +71,7 @@ def work(folder: str) -> None:
     found["ddp"] = {str(pair): steps(trainer(pair, root)) for pair in PAIRS}
     found["fsdp"] = {str(pair): steps(trainer(pair, root, sharding="fsdp")) for pair in SHARDED}
     found["exchanged"] = {str(pair): exchanged(pair, root / str(pair)) for pair in SHARDED}
+    found["started"] = {sharding: started(root / str(EMA), sharding) for sharding in parallel.SHARDINGS}
     found["loop"] = loop(root / "loop")
     found["skipped"] = {sharding: skipped(root / "skipped", sharding) for sharding in parallel.SHARDINGS}
     found["statistics"] = {sharding: statistics(sharding) for sharding in parallel.SHARDINGS}
@@ -92,6 +94,21 @@ def exchanged(pair, folder: Path) -> dict:
         run.load(load_checkpoint(folder / other / "checkpoint_latest.pth"), folder)
         thirds[sharding] = steps(run, 3)
     return {"third": thirds, "share": shares["fsdp"] / shares["ddp"]}
+
+
+def started(folder: Path, sharding: str) -> float:
+    """How far student and teacher of a new run are from the teacher of the checkpoint that it starts from; nan where they were equal before."""
+    content = load_checkpoint(folder / "ddp" / "checkpoint_latest.pth")
+    run = trainer(EMA, folder, sharding=sharding, seed=1)
+    wanted = {name.removeprefix("teacher.net."): value for name, value in content["ssl_state"].items() if name.startswith("teacher.net.")}
+    apart = []
+    for _ in range(2):
+        state = parallel.whole(run.model.state_dict())
+        both = [(state[f"{part}{name}"].cpu(), value) for part in ("student.", "teacher.net.") for name, value in wanted.items()]
+        apart.append(0.0 if distributed.rank() else max(float((a - b).abs().max()) for a, b in both))
+        run.init = Initial({"file": "c.pth", "sha256": "", "method": "ToyEMATrainer", "step": 2}, content)
+        run.init.fill(run)
+    return apart[1] if apart[0] > 0 or distributed.rank() else float("nan")
 
 
 def loop(folder: Path) -> dict:
@@ -157,6 +174,11 @@ def test_a_sharded_model_computes_the_same_with_half_the_weights_per_process(met
         sharded, whole = torch.tensor(rank["fsdp"][str(method)]), torch.tensor(rank["ddp"][str(method)])
         torch.testing.assert_close(sharded, whole, rtol=1e-6, atol=0)
         assert rank["exchanged"][str(method)]["share"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_both_processes_start_from_the_weights_of_an_earlier_checkpoint_whole_or_sharded(pair):
+    _, (first, _) = pair
+    assert first["started"] == {"ddp": 0.0, "fsdp": 0.0}
 
 
 @pytest.mark.parametrize("method", SHARDED, ids=str)
