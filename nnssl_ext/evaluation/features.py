@@ -20,6 +20,7 @@ from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.preprocessing.normalize import percentiles
 from nnssl_ext.preprocessing.resample import resample
+from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.pictures import feature_level
 
 SIGMA = 1 / 8  # standard deviation of the weights over the window's edge, as in nnU-Net
@@ -92,8 +93,9 @@ class Extractor:
         pretrained = checkpoint if isinstance(checkpoint, Pretrained) else Pretrained.load(checkpoint)
         with torch.random.fork_rng(devices=[]):
             backbone = pretrained.backbone(pretrained.channels, pretrained.config.patch_size)
-        outcome = backbone.net.load_state_dict(pretrained.weights, strict=False)
-        lost = [*outcome.unexpected_keys, *(key for key in outcome.missing_keys if key.startswith(tuple(f"{module}." for module in pretrained.modules)))]
+        weights = load_checkpoint(pretrained.path)["network_weights"]  # all of them; `Pretrained` keeps what fine-tuning takes
+        outcome = backbone.net.load_state_dict(weights, strict=False)
+        lost = [*outcome.unexpected_keys, *outcome.missing_keys]
         if lost:
             raise UserError(f"tensors of checkpoint and network don't fit each other: {', '.join(lost[:3])}", pretrained.path, "give another checkpoint")
         return Extractor(backbone, window, overlap, zoom, device)

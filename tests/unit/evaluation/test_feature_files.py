@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from nnssl_ext.cli import features as command
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.core.plan import Plan
 from nnssl_ext.evaluation import feature_files
 from nnssl_ext.evaluation.feature_files import FeatureWriter, draw, find_cases, read_npz, write_npz
 from nnssl_ext.evaluation.features import Extractor, FeatureMap, PrincipalComponents
 from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.io.case import Case
-from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.backbones.base import Backbone, build_backbone
 from nnssl_ext.preprocessing.preprocessor import Preprocessor
 from nnssl_ext.trainers.checkpoint import load_checkpoint, save_checkpoint
 from tests.make_nnunet import make_checkpoint
@@ -266,6 +267,19 @@ def test_tensors_that_are_missing_in_the_checkpoint_are_refused(tmp_path, checkp
     save_checkpoint(tmp_path / "short.pth", content)
     with pytest.raises(UserError, match="don't fit each other: eva.norm.weight"):
         Extractor.load(tmp_path / "short.pth")
+
+
+def test_the_whole_backbone_is_loaded_with_what_fine_tuning_does_not_take(tmp_path, checkpoint):
+    """Register tokens lie outside of the modules that nnU-Net gets."""
+    content = load_checkpoint(checkpoint)
+    content["plan"]["configurations"]["3d_fullres"]["networks"]["primus"]["kwargs"]["num_register_tokens"] = 2
+    backbone = build_backbone(Plan.from_dict(content["plan"]).configuration("3d_fullres"), "primus", 1)
+    assert backbone.registers == 2
+    torch.nn.init.normal_(backbone.net.register_tokens)
+    save_checkpoint(tmp_path / "registers.pth", {**content, "network_weights": backbone.network_weights()})
+    loaded = Extractor.load(tmp_path / "registers.pth").backbone
+    assert loaded.net.state_dict().keys() == backbone.net.state_dict().keys()
+    assert all(torch.equal(value, backbone.net.state_dict()[key]) for key, value in loaded.net.state_dict().items())
 
 
 def test_colours_lie_over_the_voxels_of_their_cells(tmp_path, monkeypatch):
