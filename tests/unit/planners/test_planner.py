@@ -208,6 +208,21 @@ def test_tokens_are_near_cubes_in_millimetres():
     assert primus.token_size((100, 1, 1)) == (1, 8, 8)
 
 
+@pytest.mark.parametrize("memory", [0.1, 0.5, 2, 8, 24, 80])
+@pytest.mark.parametrize(("spacing", "shape"), [((1, 1, 1), (300, 400, 400)), ((5, 0.8, 0.8), (60, 512, 512)), ((2, 2, 2), (20, 30, 200))])
+def test_planning_primus_v2_changes_neither_the_patch_nor_other_networks(memory, spacing, shape):
+    class Without(Planner):
+        families = {name: network for name, network in Planner.families.items() if name != "primus_v2"}
+
+    fingerprint = make_fingerprint(shapes=(shape,) * 20, spacings=(spacing,) * 20)
+    found, former = (planner(fingerprint, memory).plan("p").configurations for planner in (Planner, Without))
+    assert found.keys() == former.keys() and "primus_v2" in found["onemmiso"].networks
+    for name, config in found.items():
+        cubes = config.networks["primus"].kwargs["patch_embed_size"] == [8, 8, 8]
+        assert config.patch_size == former[name].patch_size and ("primus_v2" in config.networks) == cubes
+        assert {family: network for family, network in config.networks.items() if family != "primus_v2"} == former[name].networks
+
+
 def test_ct_is_clipped_and_standardised_with_statistics_of_the_collection():
     scheme = make_plan(modality="CT").configurations["3d_fullres"].normalization["CT"]
     assert (scheme.scheme, scheme.mean, scheme.std, scheme.low, scheme.high) == ("ct", 40, 120, -800, 600)
