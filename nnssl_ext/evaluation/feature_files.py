@@ -132,9 +132,12 @@ class FeatureWriter:
 
         Raises:
             DiskError: the disk is full or failing.
-            UserError: more components than features.
+            UserError: more components than features, a folder that can't be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder can't be made: {error.strerror or error}", self.folder, "check the path and its permissions") from error
         names = [case.identifier for case in cases]
         if self.components is None:
             done, failed = run_all(self._write_features, cases, names, Workers(), "features")

@@ -261,6 +261,12 @@ def test_options_that_cannot_be_end_the_command_before_anything_is_read(options,
     assert message in told and len(told.strip().splitlines()) == 3 and not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_told(images, tmp_path, checkpoint, capsys):
+    (tmp_path / "out").write_text("in the way")
+    assert run("-ckpt", checkpoint, "-i", images, "-o", tmp_path / "out") == 2
+    assert "the folder can't be made: File exists" in capsys.readouterr().err
+
+
 def test_tensors_that_are_missing_in_the_checkpoint_are_refused(tmp_path, checkpoint):
     content = load_checkpoint(checkpoint)
     del content["network_weights"]["eva.norm.weight"]
