@@ -154,7 +154,7 @@ def test_targets_are_left_as_they_were_and_may_be_written_over_by_the_next(monke
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_under_autocast_loss_and_gradients_are_close_and_in_single_precision(kind):
     z, directions, targets = vectors(64, 32).float(), vectors(500, 32, seed=1).float(), distributions(64, 500).float()
-    weights = torch.full((64,), 1e-5)  # its products vanish in half precision
+    weights = torch.full((64,), 1e-7)  # its products vanish in half precision
 
     def loss(z, directions):
         return cross_entropy_to(z, directions, lambda rows: targets[rows], weights)
@@ -166,6 +166,14 @@ def test_under_autocast_loss_and_gradients_are_close_and_in_single_precision(kin
     assert not torch.equal(found[1], expected[1])
     for one, other in zip(found, expected):
         assert float((one - other).norm() / other.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_softmax_is_in_single_precision(kind):
+    z, target = torch.tensor([[0.25, 0.0]]), torch.tensor([[1.0, 0.0]])  # logits 2 and 0, without rounding
+    with torch.autocast("cpu", dtype=kind):
+        found = cross_entropy_to(z, torch.eye(2), lambda rows: target[rows], torch.ones(1), 0.125)
+    assert found.item() == pytest.approx(math.log1p(math.exp(-2)), rel=1e-5)
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish():
