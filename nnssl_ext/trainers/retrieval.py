@@ -30,7 +30,8 @@ def view_retrieval(trainer: SSLTrainer, first: str, second: str) -> dict[str, fl
     batch, backbone = trainer.val_data[0], trainer.transferred()
     assert isinstance(backbone, PrimusBackbone)
     views = [batch[name].to(trainer.device) for name in (first, second)]
+    kind = next(backbone.parameters()).dtype  # of a model in double precision, too
     with parallel.together(trainer.model), evaluating(trainer.model), trainer.update.autocast():
-        one, other = (backbone.tokens(view.image) for view in views)
+        one, other = (backbone.tokens(view.image.to(kind)) for view in views)
     found = retrieval(one, other, views[0].affine, views[1].affine, backbone.grid_of(views[0].image.shape[2:]), backbone.token)
     return {"retrieval": distributed.mean(float(found["hits"]), trainer.device)}

@@ -30,6 +30,8 @@ def first_loss_in_fp32(pair: Pair) -> float:
     """Total loss of the first batch in fp32, from the same weights."""
     trainer = pair.trainer(Path("unused"), float64=True)
     trainer.initialize()
+    if trainer.init is not None:
+        trainer.init.fill(trainer)
     model = trainer.model.float().train()
     torch.manual_seed(torch_seed(trainer.config.seed, 0, "step"))
     with torch.no_grad():
