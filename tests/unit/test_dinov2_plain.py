@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, dinov2_gpu
 from benchmarks.dinov2 import copy_weights, gflop, measure, work
 from benchmarks.dinov2_plain import PlainDINOv2, PlainEncoder, PlainHead, PlainNetwork, sinkhorn
 from nnssl_ext.nn.backbones.base import build_backbone
@@ -88,3 +88,10 @@ def test_the_benchmark_runs_and_names_every_figure(monkeypatch):
     assert set(result["detail"]["above_base_share"]) == {"ours default", "ours same"}
     assert 0 < result["detail"]["heads_share"]["ours"] < result["detail"]["heads_share"]["ours_same_masks"] < 1
     assert 0.15 <= result["detail"]["hidden_share"]["ours"] <= 0.3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_throughput_on_a_card_is_measured_with_the_loader(device, monkeypatch):
+    monkeypatch.setattr(dinov2_gpu, "WARM_UP", 1)
+    found = dinov2_gpu.throughput(common.NoiseStore((32, 32, 32)), device, "nano", 16, batch=2, steps=2, workers=0, compiled=False)
+    assert found["samples_per_s"] > 0 and 0 < found["data_wait_share"] < 1 and found["gflop_per_step"] > 0
