@@ -136,9 +136,10 @@ def _fitted(name: str, value: Tensor, shape: torch.Size, backbone: Backbone, con
     if keys.positions is not None and name.split(".")[-1] == keys.positions.split(".")[-1]:
         (patch, *_) = (plan["patch_size"] for plan in adaptation["pretrain_plan"]["configurations"].values())
         old, new = ([size // step for size, step in zip(voxels, backbone.strides[-1])] for voxels in (patch, backbone.patch_size))
-        registers = value.shape[1] - math.prod(old)
-        if old != new and registers >= 0:  # those of register tokens come first
-            return torch.cat((value[:, :registers], resize_positions(value[:, registers:], old, new)), 1)
+        theirs, ours = value.shape[1] - math.prod(old), shape[1] - math.prod(new)  # register tokens, whose positions come first
+        if theirs >= 0 and ours >= 0 and (old, theirs) != (new, ours):
+            first = value[:, :theirs] if theirs == ours else value.new_zeros(1, ours, value.shape[2])
+            return torch.cat((first, resize_positions(value[:, theirs:], old, new)), 1)
     return value
 
 

@@ -12,6 +12,7 @@ from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint, save_checkpoint
 from nnssl_ext.trainers.description import describe
+from nnssl_ext.trainers.dinov2 import DINOv2Trainer
 from nnssl_ext.trainers.initial import Initial
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.conformance.pairs import first_batch
@@ -20,7 +21,7 @@ from tests.toy_trainers import ToyCentreTrainer, ToyEMATrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "net.down_projection.proj.weight"
-POSITIONS = "net.eva.pos_embed"
+DINO = {"prototypes": 16, "hidden": 16, "bottleneck": 8, "locals": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,17 @@ def test_positions_follow_another_patch_also_one_with_as_many_tokens(cls, tmp_pa
         if cls is MAETrainer:
             assert torch.equal(run.model.decoder.pos_embed, resize_positions(content["ssl_state"]["decoder.pos_embed"], (2, 4, 4), grid))
         assert "2 of them resized" in capsys.readouterr().out  # of the decoder, or of the teacher
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(0, 2), (2, 0), (2, 2)])
+def test_register_tokens_are_no_part_of_the_grid(theirs, ours, tmp_path):
+    file = trained(DINOv2Trainer, tmp_path / "old", **DINO, registers=theirs)
+    content = load_checkpoint(file)
+    other = changed(file, tmp_path / "other.pth", trainer_name="OtherTrainer")
+    net = filled(make(DINOv2Trainer, tmp_path / "new", patch=(16, 8, 16), **DINO, registers=ours), other).model.student.backbone.net
+    weights = content["network_weights"]["eva.pos_embed"]
+    assert torch.equal(net.eva.pos_embed[:, ours:], resize_positions(weights[:, theirs:], (4, 4, 4), (4, 2, 4)))
+    assert torch.equal(net.eva.pos_embed[:, :ours], weights[:, :theirs] if theirs == ours else torch.zeros(1, ours, 48))
 
 
 @pytest.mark.parametrize("family", ["primus", "resenc"])
