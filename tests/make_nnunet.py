@@ -16,13 +16,21 @@ from nnssl_ext.core.plan import NetworkPlan
 from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.planners.primus import network as primus_network
 from nnssl_ext.trainers.checkpoint import adaptation_plan, save_checkpoint
+from nnssl_ext.trainers.dinov2_presets import with_registers
 from tests.make_data import make_plan
 
 LABELS: dict[str, Any] = {"background": 0, "organ": 1, "tumour": 2}
 
 
 def make_checkpoint(
-    path: Path, family: str, channels: int = 1, configuration: str = "3d_fullres", transfer: str = "encoder", size: str | None = None, modality: str = "CT"
+    path: Path,
+    family: str,
+    channels: int = 1,
+    configuration: str = "3d_fullres",
+    transfer: str = "encoder",
+    size: str | None = None,
+    modality: str = "CT",
+    registers: int = 0,
 ) -> Path:
     """A checkpoint with random weights of a tiny backbone (patch 32x32x32, spacing 3 mm).
 
@@ -34,6 +42,7 @@ def make_checkpoint(
         transfer: "encoder" or "encoder+decoder".
         size: of a Primus, such as "S"; default: the plan's.
         modality: of the pretraining images.
+        registers: register tokens of a Primus.
     """
     plan = make_plan(channels=channels, modality=modality)
     config = plan.configuration(configuration)
@@ -41,6 +50,8 @@ def make_checkpoint(
         network: NetworkPlan = primus_network((3.0, 3.0, 3.0), config.patch_size, size, 4.0, 2)
         config = dataclasses.replace(config, networks={**config.networks, "primus": network})
         plan = dataclasses.replace(plan, configurations={**plan.configurations, configuration: config})
+    plan = with_registers(plan, configuration, family, registers)
+    config = plan.configuration(configuration)
     torch.manual_seed(1)
     backbone = build_backbone(config, family, channels)
     for tensor in backbone.net.state_dict().values():  # nothing may equal an initial value (zeros, ones)

@@ -14,8 +14,9 @@ from torch.distributed.nn.functional import all_gather
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.data.views import Crop, View, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
-from nnssl_ext.nn.momentum import MomentumTeacher, cosine_momentum, distance
+from nnssl_ext.nn.momentum import MomentumTeacher, distance
 from nnssl_ext.trainers.base import Losses, SSLTrainer
+from nnssl_ext.trainers.schedules import cosine
 
 WIDTH = 16
 
@@ -73,7 +74,7 @@ class ToyTrainer(SSLTrainer):
 
     def after_update(self, step: int) -> None:
         if hasattr(self.model, "teacher"):
-            momentum = cosine_momentum(step, self.total_steps, 0.9, 0.99)
+            momentum = cosine(step, self.total_steps, 0.9, 0.99)
             self.model.teacher.update(self.model.student, momentum)
             self.health.note("momentum", momentum)
             self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))

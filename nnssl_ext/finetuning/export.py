@@ -21,7 +21,7 @@ from nnssl_ext import __version__
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path, read_json
 from nnssl_ext.core.rng import torch_seed
-from nnssl_ext.finetuning.pretrained import Adapted, Pretrained, adapt
+from nnssl_ext.finetuning.pretrained import Adapted, Pretrained, adapt, inside
 
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_trainers"
 _VARIABLE = "nnUNet_extTrainer"
@@ -168,6 +168,9 @@ def export_nnunet(
 def load_into_modules(network: nn.Module, tensors: dict[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
     """Load `tensors` into the named modules and return the network's state dict; all aliases agree since they share storage."""
     for module in modules:
+        if module in tensors:  # a parameter
+            network.get_parameter(module).data.copy_(tensors[module])
+            continue
         part = {key.removeprefix(module + "."): value for key, value in tensors.items() if key.startswith(module + ".")}
         network.get_submodule(module).load_state_dict(part, strict=True)
     state: dict[str, Tensor] = network.state_dict()
@@ -207,7 +210,7 @@ def verify(file: Path, pretrained: Pretrained, adapted: Adapted, target: Target,
 
 def _check_fit(network: nn.Module, adapted: Adapted, pretrained: Pretrained, target: Target) -> float:
     """Fraction of the values of the transferred modules, of checkpoint and target together, that can be handed over."""
-    state = {key: value for key, value in network.state_dict().items() if key.startswith(tuple(f"{module}." for module in pretrained.modules))}
+    state = {key: value for key, value in network.state_dict().items() if inside(key, pretrained.modules)}
     sizes = {key: max(tensor.numel() for tensor in (state.get(key), adapted.tensors.get(key)) if tensor is not None) for key in {*state, *adapted.tensors}}
     fits = {key for key, value in state.items() if key in adapted.tensors and adapted.tensors[key].shape == value.shape}
     fraction = sum(sizes[key] for key in fits) / max(1, sum(sizes.values()))

@@ -22,6 +22,7 @@ from nnssl_ext.trainers.checkpoint import load_checkpoint
 
 _NEEDED = ("trainer_name", "family", "configuration", "plan", "nnssl_adaptation_plan")
 _DECODER = ("decoder.stages", "decoder.transpconvs")
+REGISTERS = "register_tokens"  # of Primus, a parameter; their positions come before those of the patches
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Pretrained:
         family: backbone family.
         configuration: name of the pretraining configuration.
         plan: the pretraining plan.
-        modules: the modules that are transferred, by their names in the library's network.
+        modules: the modules (and single parameters) that are transferred, by their names in the library's network.
         weights: their tensors, by the names of the library's state dict (aliases included).
         adaptation: the checkpoint's adaptation plan.
         citations: what to cite.
@@ -63,7 +64,8 @@ class Pretrained:
             raise UserError(f"the checkpoint lacks {', '.join(missing)}", path, "give a checkpoint that nnssl_train wrote")
         adaptation = content["nnssl_adaptation_plan"]
         modules = (adaptation["key_to_stem"], adaptation["key_to_encoder"]) + (_DECODER if "decoder" in content.get("transfer", "encoder") else ())
-        weights = {key: value for key, value in content["network_weights"].items() if _inside(key, modules)}
+        modules += (REGISTERS,) if REGISTERS in content["network_weights"] else ()
+        weights = {key: value for key, value in content["network_weights"].items() if inside(key, modules)}
         bad = [key for key, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
         if bad:
             raise UserError(f"the pretrained weights hold NaN or infinity: {', '.join(bad[:3])}", path, "use an earlier checkpoint of the same folder")
@@ -146,10 +148,12 @@ def adapt(pretrained: Pretrained, channels: int, patch_size: Sequence[int]) -> A
         token = pretrained.network.kwargs["patch_embed_size"]
         old, new = (tuple(size // t for size, t in zip(patch, token, strict=True)) for patch in (pretrained.config.patch_size, patch_size))
         if old != new:
-            tensors[positions] = resize_positions(tensors[positions], old, new)
+            extra = pretrained.network.kwargs.get("num_register_tokens", 0)
+            tensors[positions] = torch.cat((tensors[positions][:, :extra], resize_positions(tensors[positions][:, extra:], old, new)), 1)
             resized.append(positions)
     return Adapted(tensors, tuple(resized), tuple(repeated))
 
 
-def _inside(key: str, modules: Sequence[str]) -> bool:
-    return any(key.startswith(module + ".") for module in modules)
+def inside(key: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor of a state dict is one of these modules or lies in one."""
+    return any(key == module or key.startswith(module + ".") for module in modules)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -58,14 +57,6 @@ class MomentumTeacher(nn.Module):
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*(local(parameter.detach()) for parameter in module.parameters()), *module.buffers()]
-
-
-def cosine_momentum(step: int, total: int, start: float = 0.992, end: float = 0.9995) -> float:
-    """Momentum after optimiser step `step` (counted from 0) of `total`: half a cosine from `start` to `end`.
-
-    Source: Grill et al. 2020, arXiv:2006.07733, section 3.2 (there with end 1).
-    """
-    return end - (end - start) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 @torch.no_grad()

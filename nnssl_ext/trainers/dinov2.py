@@ -17,7 +17,7 @@ from nnssl_ext.data.views import MultiCrop, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.dinov2 import ROWS, Crops, DINOv2Model, Network, Output
-from nnssl_ext.nn.momentum import cosine_momentum, distance
+from nnssl_ext.nn.momentum import distance
 from nnssl_ext.planners.primus import local_crop
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
@@ -137,7 +137,7 @@ class DINOv2Trainer(SSLTrainer):
         self.health.note("ibot/KL", output.ibot_divergence)
 
     def after_update(self, step: int) -> None:
-        momentum = cosine_momentum(step, self.total_steps, *self.config.momentum)
+        momentum = cosine(step, self.total_steps, *self.config.momentum)
         self.model.update(momentum)
         self.health.note("momentum", momentum)
         self.health.note("teacher_distance", lambda: distance(self.model.student, self.model.teacher.net))

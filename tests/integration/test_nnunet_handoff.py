@@ -49,6 +49,16 @@ def prepare(roots: dict[str, Path], channels: int = 1, options: PlanOptions | No
 
 
 @pytest.mark.parametrize("patch", [(32, 32, 32), (16, 32, 48)], ids=str)
+def test_register_tokens_arrive_too_and_their_positions_are_not_interpolated(roots, tmp_path, patch):
+    pretrained, plans = prepare(roots, 1, PlanOptions(patch_size=patch), family="primus", registers=4)
+    report = export_nnunet(pretrained, plans, "3d_fullres", tmp_path / "out.pth")
+    assert report.fraction_of_encoder == 1.0 and "register_tokens" in report.copied
+    content = torch.load(tmp_path / "out.pth", weights_only=True)["network_weights"]
+    assert torch.equal(content["register_tokens"], pretrained.weights["register_tokens"])
+    assert torch.equal(content["eva.pos_embed"][:, :4], pretrained.weights["eva.pos_embed"][:, :4])
+
+
+@pytest.mark.parametrize("patch", [(32, 32, 32), (16, 32, 48)], ids=str)
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("family", ["resenc", "primus", "primus_v2"])
 def test_every_tensor_arrives_through_nnunets_own_loader(roots, tmp_path, family, channels, patch):

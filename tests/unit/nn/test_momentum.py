@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl_ext.nn.momentum import MomentumTeacher, cosine_momentum, distance
+from nnssl_ext.nn.momentum import MomentumTeacher, distance
 
 
 def make() -> nn.Module:
@@ -77,13 +77,6 @@ def test_the_teacher_stays_in_evaluation_mode_and_builds_no_graph():
     assert model["student"][2].training and not model["teacher"].net[2].training
     x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     assert not model["teacher"](x).requires_grad and torch.equal(model["teacher"](x), model["teacher"](x))
-
-
-def test_the_schedule_is_half_a_cosine():
-    assert cosine_momentum(0, 100, 0.9, 1.0) == pytest.approx(0.9)
-    assert cosine_momentum(50, 100, 0.9, 1.0) == pytest.approx(0.95)
-    assert cosine_momentum(25, 100, 0.9, 1.0) == pytest.approx(1 - 0.1 * (1 + math.sqrt(0.5)) / 2)
-    assert cosine_momentum(100, 100, 0.9, 1.0) == pytest.approx(1.0)
 
 
 def test_distance_is_the_relative_norm_of_the_difference():
