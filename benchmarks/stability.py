@@ -68,7 +68,7 @@ def train(variant: str, seed: int, out: Path, iterations: int, base: dict[str, A
     os.environ[VARIABLE] = "none"
     folder, data = out / f"{variant}_{seed}", out / "phantoms"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {**base, **VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed, "batch_size": BATCH}
+    options = {"batch_size": BATCH, **base, **VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed}
     store: Any = phantoms.PhantomStore(data)
     trainer = METHOD(make_small_plan(), "3d_fullres", METHOD.Config(**options), store, folder, family="primus")
     probe = phantoms.TokenProbe(data, PATCH)

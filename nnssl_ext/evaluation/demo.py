@@ -26,7 +26,7 @@ from nnssl_ext.io.page import Section, write_page
 from nnssl_ext.trainers.run_page import health
 from nnssl_ext.trainers.sinks import read_metrics
 
-FINETUNE = {EPOCHS_VARIABLE: "8", ITERATIONS_VARIABLE: "30"}
+FINETUNE = {EPOCHS_VARIABLE: "15", ITERATIONS_VARIABLE: "40"}
 PRETRAIN = ("epochs=10", "iterations=25", "batch_size=4", "lr=1e-3")  # the method's own rate is for 100,000 steps
 TRAINER = "nnsslPrimusTrainer_short"
 _PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log

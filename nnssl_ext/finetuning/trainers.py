@@ -87,7 +87,9 @@ class nnsslResEncTrainer_short(_Short, nnsslResEncTrainer):
 
 
 class nnsslPrimusTrainer_short(_Short, nnsslPrimusTrainer):
-    """The recipe for Primus, cut short."""
+    """The smallest transformers in a few hundred steps: 3e-3, since at 1e-4 they have hardly begun by then."""
+
+    learning_rate = 3e-3
 
 
 DEFAULT_TRAINERS = {"resenc": nnsslResEncTrainer.__name__, **dict.fromkeys(("primus", "primus_v2"), nnsslPrimusTrainer.__name__)}
