@@ -78,13 +78,13 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": round(statistics.median(numbers), 2), "min": round(min(numbers), 2), "max": round(max(numbers), 2)}
 
 
-def memory(module: str, side: str, argument: object, imports: str = "torch") -> dict[str, float]:
-    """Memory in GB of a fresh process that calls ``module.work(side, argument)`` twice: "peak", and "base" after these imports and the module's."""
+def memory(module: str, side: str, argument: object, imports: str = "torch", prepare: str = "") -> dict[str, float]:
+    """Memory in GB of a fresh process that calls ``module.work(side, argument)`` twice: "peak", and "base" after these imports, the module's and `prepare`."""
     code = (
         f"import json, sys, {imports}\n"
         f"if 'torch' in sys.modules: sys.modules['torch'].set_num_threads({THREADS})\n"
         f"from benchmarks import {module}; from benchmarks.common import resident\n"
-        f"base = resident('VmRSS'); step = {module}.work({side!r}, {argument!r}); step(); step()\n"
+        f"{prepare}\nbase = resident('VmRSS'); step = {module}.work({side!r}, {argument!r}); step(); step()\n"
         "print(json.dumps({'base': base, 'peak': resident('VmHWM')}))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
