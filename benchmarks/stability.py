@@ -110,19 +110,18 @@ def alarms(result: dict[str, Any]) -> list[tuple[int, str]]:
     return [(record["epoch"] + 1, text) for record in result["records"] for text in record.get("alarms", ())]
 
 
-def figures(result: dict[str, Any]) -> dict[str, float]:
-    """What the summary tells of a run."""
+def figures(result: dict[str, Any]) -> dict[str, float | None]:
+    """What the summary tells of a run; None where it was not measured or not finite."""
     records = result["records"]
-    found: dict[str, float] = {"skipped_steps": sum(r.get("health/skipped_steps") or 0 for r in records), "alarms": len(alarms(result))}
+    found: dict[str, float | None] = {"skipped_steps": sum(r.get("health/skipped_steps") or 0 for r in records), "alarms": len(alarms(result))}
     for loss in LOSSES:
         for quarter in range(1, 5):
             at = quarter * EPOCHS // 4 - 1
             for name, key in (("KL", f"health/{loss}/KL"), ("CE", f"train/{loss}")):
-                value = records[at].get(key) if at < len(records) else None
-                found[f"{loss} {name} at {25 * quarter} %"] = float("nan") if value is None else value
+                found[f"{loss} {name} at {25 * quarter} %"] = records[at].get(key) if at < len(records) else None
     for which, quality in result["quality"].items():
         found |= {f"{name} {which}": value for name, value in quality.items()}
-    found["knn_dice gain"] = found["knn_dice trained"] - found["knn_dice random"]
+    found["knn_dice gain"] = result["quality"]["trained"]["knn_dice"] - result["quality"]["random"]["knn_dice"]
     return found
 
 
@@ -150,8 +149,8 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: Sequence[float]) -> str:
-    known = [value for value in values if value == value]
+def _cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
     if not known:
         return "-"
     return f"{statistics.median(known):.3g} ({min(known):.3g} to {max(known):.3g})"
