@@ -1,7 +1,8 @@
 """Is the training of DINOv2Trainer stable on few volumes and small batches, and do its alarms tell when it is not?
 
 ``python -m benchmarks.stability --out FOLDER``: trains a small Primus on 200 phantoms once for each variant and seed, each on one core.
-Whatever has its RESULT.json in the folder is not trained again, so that an interrupted study goes on and a larger one reuses the former.
+Unhealthy variants end at their first alarm. Whatever has its result in the folder is not trained again, so that an interrupted study
+goes on and a larger one reuses the former.
 At the end the folder holds summary.json, summary.md and stability.png.
 """
 
@@ -39,9 +40,9 @@ from nnssl_ext.trainers.pictures import evaluating
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
 
 METHOD: type[SSLTrainer] = DINOv2Trainer
-PATCH, BATCH = (32, 32, 32), 8
+PATCH, BATCH = (32, 32, 32), 16
 EPOCHS = 20  # windows of 5 % of the run, each with its own record
-ITERATIONS = 30  # optimiser steps of each
+ITERATIONS = 40  # optimiser steps of each
 VARIANTS: dict[str, dict[str, Any]] = {
     "healthy": {},  # the method's own settings for a dataset of this size
     "hot": {"lr": 1e-2, "teacher_temperature": (0.04, 0.07), "temperature_ramp": 0.06, "freeze": 0},
@@ -58,6 +59,30 @@ def make_small_plan() -> Plan:
     return make_plan(PATCH, "primus", network)
 
 
+class Caught(Exception):
+    """An alarm was raised."""
+
+
+class Watched(METHOD):  # type: ignore[misc,valid-type]
+    """Ends at its first alarm."""
+
+    def initialize(self) -> None:
+        super().initialize()
+        self.caught, judge_epoch = False, self.health.epoch
+
+        def watched(step: int, wait: float) -> tuple[dict[str, float], list[str]]:
+            found, alarms_ = judge_epoch(step, wait)
+            self.caught |= any("waits for data" not in text for text in alarms_)
+            return found, alarms_
+
+        self.health.epoch = watched  # type: ignore[method-assign]
+
+    def schedule(self, step: int) -> None:
+        if self.caught:
+            raise Caught
+        super().schedule(step)
+
+
 def train(variant: str, seed: int, out: Path, iterations: int, base: dict[str, Any]) -> None:
     """One run and its result, `VARIANT_SEED.json`; what a former attempt left of it is thrown away.
 
@@ -70,13 +95,16 @@ def train(variant: str, seed: int, out: Path, iterations: int, base: dict[str, A
     shutil.rmtree(folder, ignore_errors=True)
     options = {"batch_size": BATCH, **base, **VARIANTS[variant], "epochs": EPOCHS, "iterations": iterations, "workers": 0, "seed": seed}
     store: Any = phantoms.PhantomStore(data)
-    trainer = METHOD(make_small_plan(), "3d_fullres", METHOD.Config(**options), store, folder, family="primus")
+    cls = METHOD if variant == "healthy" else Watched
+    trainer = cls(make_small_plan(), "3d_fullres", METHOD.Config(**options), store, folder, family="primus")
     probe = phantoms.TokenProbe(data, PATCH)
     trainer.initialize()
     quality = {"random": judge(trainer, probe)}
     began, ended = time.process_time(), ""
     try:
         trainer.fit()
+    except Caught:
+        ended = "alarm"
     except UserError as error:
         ended = error.what
     seconds = time.process_time() - began

@@ -94,7 +94,7 @@ class Teaching:
     """What a teacher's head says: targets are exp(logits / temperature + row + column).
 
     Args:
-        logits: (n, K) fp32, neither centred nor divided by the temperature.
+        logits: (n, K) in the type of autocast, neither centred nor divided by the temperature.
         row, column: potentials (n,), (K,), see `assign`.
         balanced: whether they were chosen so that all prototypes are used.
     """

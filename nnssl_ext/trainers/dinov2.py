@@ -22,7 +22,7 @@ from nnssl_ext.planners.primus import local_crop
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
-from nnssl_ext.trainers.dinov2_presets import LOWEST_RATE, settle, with_registers
+from nnssl_ext.trainers.dinov2_presets import LOWEST_RATE, choose_batch, settle, with_registers
 from nnssl_ext.trainers.layer_decay import LAST_LAYER, layer_groups
 from nnssl_ext.trainers.optim import Recipe, set_rates
 from nnssl_ext.trainers.retrieval import view_retrieval
@@ -49,9 +49,9 @@ class DINOv2Trainer(SSLTrainer):
         locals: int | None = None  # local crops per volume; None = 8, 4 where memory is below 12 GB
         prototypes: int | None = field(default=None, metadata=AT_LEAST_ONE)  # of each head
         hidden: int | None = field(default=None, metadata=AT_LEAST_ONE)  # width of the heads; None = 2048, at most six times the encoder's
-        bottleneck: int = field(default=256, metadata=AT_LEAST_ONE)
+        bottleneck: int | None = field(default=None, metadata=AT_LEAST_ONE)  # where prototypes are; None = 256, at most the encoder's width
         centring: str = "auto"  # "centre", "sinkhorn", "none"; "auto" = centre below 128 global crops per step
-        teacher_temperature: tuple[float, ...] = ()  # first and last; () = .04 and the preset's
+        teacher_temperature: tuple[float, ...] = ()  # first and last; () = the preset's
         temperature_ramp: float = field(default=1.0, metadata=SHARE)  # share of the steps over which it rises
         momentum: tuple[float, ...] = (0.992, 0.9995)  # of the teacher, first and last
         last_weight_decay: float = 0.2  # the first is weight_decay; half a cosine
@@ -64,7 +64,6 @@ class DINOv2Trainer(SSLTrainer):
         unmasked_pass: bool = False  # the summaries from a pass of their own over whole crops: dearer, sometimes steadier
         registers: int = 0  # learned tokens beside the patches'; the exported network has them too
         class_token: bool = False  # the first register is the summary (one is added where there is none), instead of attention on top
-
         gram: float = 0.0  # weight of the distance to the similarities of tokens that the anchor has, a copy of the teacher
         gram_start: float = field(default=0.75, metadata=SHARE)  # share of the epochs after which it is taken
 
@@ -74,7 +73,7 @@ class DINOv2Trainer(SSLTrainer):
         plan = with_registers(plan, configuration, family or self.default_family, max(config.registers, int(config.class_token)))
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
         if config.batch_size is None:
-            self.batch_size = max(2, self.batch_size // 4)  # the planned one is for one crop per volume; here two and their teacher's, and small ones
+            self.batch_size = choose_batch(self.batch_size, plan.gpu_memory_target_gb)
         self.settings = settle(
             config,
             crops=distinct_crops(store, range(len(store)), self.config_plan.patch_size),

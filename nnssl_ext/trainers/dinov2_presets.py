@@ -9,12 +9,15 @@ from typing import Any
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.nn.dinov2 import CENTRINGS, HeadSize
+from nnssl_ext.planners import memory
 
 CARD_GB = 12.0  # memory from which there are 8 local crops per volume, below 4
 FEW_CROPS = 1000  # a dataset of fewer distinct crops is called small
 KOLEO_VOLUMES = 16  # per step, from which KoLeo is on: its gradient grows as one over the distance of the nearest neighbour
 CENTRE_CROPS = 128  # global crops per step from which Sinkhorn balances the summaries' targets, too; below they are centred
 LOWEST_RATE = 1e-6  # learning rate at the end
+NARROW_RATE = 0.1  # learning rate times width of the encoder, at least: narrow ones on small batches hardly learn at the rate of large ones
+CPU_VOLUMES = 16  # per batch on a CPU, where the planned batch is small for the sake of speed
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,16 @@ class Preset:
 
     Args:
         prototypes: of each head.
-        teacher_temperature: at the end of the run.
+        temperatures: of the teacher, first and last.
     """
 
     prototypes: int
-    teacher_temperature: float
+    temperatures: tuple[float, float]
 
 
-PRESETS = {"small": Preset(4096, 0.05), "default": Preset(16384, 0.07), "large": Preset(65536, 0.07)}
+# With few volumes, views agree less at first. Differences grow only while their correlation between views exceeds the teacher's
+# temperature over the student's (0.1); otherwise all targets drift towards the same one. Hence the colder teacher.
+PRESETS = {"small": Preset(1024, (0.03, 0.045)), "default": Preset(16384, (0.04, 0.07)), "large": Preset(65536, (0.04, 0.07))}
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,18 @@ def settle(config: Any, *, crops: float, volumes: int, width: int, memory_gb: fl
         crops=crops,
         volumes=volumes,
         locals=config.locals if config.locals is not None else 8 if memory_gb >= CARD_GB else 4,
-        heads=HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck, config.prototypes or preset.prototypes),
+        heads=HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck or min(256, width), config.prototypes or preset.prototypes),
         centring=config.centring if config.centring != "auto" else "centre" if 2 * volumes < CENTRE_CROPS else "sinkhorn",
-        temperatures=config.teacher_temperature or (0.04, preset.teacher_temperature),
+        temperatures=config.teacher_temperature or preset.temperatures,
         freeze=config.freeze if config.freeze is not None else min(max(1500, steps // 100), steps // 10),
         koleo=config.koleo_weight if volumes >= KOLEO_VOLUMES else 0.0,
-        lr=config.lr if config.lr is not None else min(1e-3, 2e-3 * math.sqrt(volumes * config.accumulate / 1024)),
+        lr=config.lr if config.lr is not None else min(1e-3, max(2e-3 * math.sqrt(volumes * config.accumulate / 1024), NARROW_RATE / width)),
     )
+
+
+def choose_batch(planned: int, memory_gb: float) -> int:
+    """Volumes per batch and process, from the number of crops that the plan's memory target holds: two are large, and there are small ones and a teacher."""
+    return CPU_VOLUMES if memory_gb < memory.CARD_GB else max(2, planned // 3)
 
 
 def choose_preset(name: str, crops: float, volumes: int) -> Preset:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 
 import torch
@@ -84,11 +83,12 @@ def toy_centre(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
-def dinov2(trainer: SSLTrainer, batch: Batch, coolest: float = 0.04) -> Losses:
+def dinov2(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Cross-entropies of every pair of views and of every hidden token, one after the other; targets by Sinkhorn on probabilities, not in logarithms."""
     model, large = trainer.model, [batch["global_0"], batch["global_1"]]
     small = [view.image for name, view in batch.items() if name.startswith("local_")]
-    tau = coolest + (trainer.settings.temperatures[1] - coolest) * trainer.next_step / trainer.total_steps
+    first, last = trainer.settings.temperatures
+    tau = first + (last - first) * trainer.next_step / trainer.total_steps
     teacher, student = model.teacher.net, model.student
 
     def logits(head, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
     "DINOv2Trainer": dinov2,
-    "DINOv2HighResTrainer": partial(dinov2, coolest=0.05),
+    "DINOv2HighResTrainer": dinov2,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,

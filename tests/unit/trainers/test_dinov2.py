@@ -8,7 +8,7 @@ import torch
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn.backbones.base import resolve
 from nnssl_ext.trainers.dinov2 import DINOv2Trainer
-from nnssl_ext.trainers.dinov2_presets import PRESETS, choose_preset
+from nnssl_ext.trainers.dinov2_presets import PRESETS, choose_batch, choose_preset, settle
 from nnssl_ext.trainers.schedules import cosine
 from tests.make_data import ArrayStore, tiny_plan, tiny_store
 
@@ -145,10 +145,29 @@ def test_presets_grow_with_the_data_and_the_step():
     assert choose_preset("auto", 1e6, 1024) == PRESETS["large"]
 
 
-def test_the_learning_rate_follows_the_volumes_of_an_optimiser_step(tmp_path):
-    small, large = make(tmp_path, batch_size=2, accumulate=2), make(tmp_path, batch_size=4, accumulate=1024)
-    assert small.recipe.lr == pytest.approx(2e-3 * math.sqrt(4 / 1024)) and large.recipe.lr == 1e-3
-    assert make(tmp_path, lr=5e-3).recipe.lr == 5e-3
+def settled(volumes=64, accumulate=1, width=864, steps=250_000, memory_gb=24.0, crops=1e6, **options):
+    config = DINOv2Trainer.Config(accumulate=accumulate, **options)
+    return settle(config, crops=crops, volumes=volumes, width=width, memory_gb=memory_gb, steps=steps)
+
+
+def test_the_learning_rate_follows_the_volumes_of_an_optimiser_step():
+    assert settled(16, accumulate=4).lr == settled(64).lr == pytest.approx(2e-3 * math.sqrt(64 / 1024))
+    assert settled(4096).lr == settled(2, width=48).lr == 1e-3
+    assert settled(2, width=400).lr == pytest.approx(0.1 / 400)  # narrow
+    assert settled(2, lr=5e-3).lr == 5e-3
+
+
+def test_prototypes_are_frozen_for_1500_steps_or_a_hundredth_and_at_most_a_tenth_of_the_run():
+    assert [settled(steps=steps).freeze for steps in (100, 15_000, 100_000, 250_000)] == [10, 1500, 1500, 2500]
+
+
+def test_sizes_follow_memory_width_and_batch():
+    assert (settled(memory_gb=8).locals, settled(memory_gb=12).locals) == (4, 8)
+    assert (settled(width=96).heads.hidden, settled(width=96).heads.bottleneck) == (576, 96)
+    assert (settled(width=864).heads.hidden, settled(width=864).heads.bottleneck) == (2048, 256)
+    assert (settled(63).centring, settled(64).centring) == ("centre", "sinkhorn")
+    assert (settled(15).koleo, settled(16).koleo) == (0.0, 0.1)
+    assert (choose_batch(4, 4.0), choose_batch(4, 8.0), choose_batch(48, 24.0)) == (16, 2, 16)
 
 
 @pytest.mark.parametrize(
