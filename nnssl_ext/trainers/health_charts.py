@@ -66,7 +66,7 @@ CHARTS = (
         ("teacher_distance",),
     ),
     Chart("Momentum of the teacher", "Share of itself that the teacher keeps at each step.", ("momentum",)),
-    Chart("Temperature of the teacher", "The lower, the sharper are the targets.", ("temperature",)),
+    Chart("Temperature of the teacher", "The lower, the sharper are the targets.", ("teacher_temperature",)),
     Chart("What the network sees", "Share of near-empty voxels in the crops, and of hidden tokens or blocks.", ("background", "mask_ratio")),
     Chart("Skipped steps", "Steps of the epoch in which something was not finite: 0 is healthy.", ("skipped_steps",)),
 )
