@@ -27,7 +27,7 @@ from nnssl_ext.trainers.run_page import health
 from nnssl_ext.trainers.sinks import read_metrics
 
 FINETUNE = {EPOCHS_VARIABLE: "15", ITERATIONS_VARIABLE: "40"}
-PRETRAIN = ("epochs=10", "iterations=15", "batch_size=16", "lr=1e-3")  # few steps: many volumes in each (with fewer, KoLeo is off), at a high rate
+PRETRAIN = ("epochs=10", "iterations=15")
 TRAINER = "nnsslPrimusTrainer_short"
 _PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log
 FOLDERS = ("nnssl_raw", "nnssl_preprocessed", "nnssl_results", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
