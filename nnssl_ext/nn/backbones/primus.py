@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnssl_ext.core.adaptation import EncoderKeys
 from nnssl_ext.nn.backbones.base import Backbone, check_divisible, resolve
 from nnssl_ext.nn.drop_path import skip_dropped
+from nnssl_ext.nn.swiglu import recompute_gate
 from nnssl_ext.nn.tokens import gather, patchify, resize_positions
 
 _ROTARY_TABLES = 16  # grids whose rotary positions are kept; a method uses two or three
@@ -52,6 +53,7 @@ class PrimusBackbone(Backbone):
         self.registers = int(self.net.eva.num_prefix_tokens)
         for block in self.net.eva.blocks:
             skip_dropped(block)
+            recompute_gate(block.mlp)
         self._tables: dict[Any, Tensor] = {}
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
