@@ -110,9 +110,11 @@ FACTS |= {"val/total": "validation loss {:.4g}"}
 
 
 def charts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Titles and SVG curves: the loss, the probe, the loss's parts, learning rate, throughput."""
+    """Titles and SVG curves: the loss, the probe, what a method measures in validation only, the loss's parts, learning rate, throughput."""
     parts = [key for key in names(records, "train/", "val/") if not key.endswith("/total")]
-    wanted = {"Loss": ["train/total", "val/total"], "Probe of the frozen features": names(records, "probe/"), "Parts of the loss": parts}
+    measured = [key for key in parts if key.startswith("val/") and key.replace("val/", "train/") not in parts]
+    wanted = {"Loss": ["train/total", "val/total"], "Probe of the frozen features": names(records, "probe/"), "Quality on validation crops": measured}
+    wanted |= {"Parts of the loss": [key for key in parts if key not in measured]}
     wanted |= {"Learning rate": ["lr"], "Samples per second": ["samples_per_second"], "Share of the time waiting for data": ["data_wait_share"]}
     drawn = {title: curves({key.removeprefix("probe/"): series(records, key) for key in keys}) for title, keys in wanted.items()}
     return [(title, svg) for title, svg in drawn.items() if svg]

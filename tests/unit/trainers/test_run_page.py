@@ -117,3 +117,9 @@ def test_defaults_stay_out_of_the_command_line():
     assert command(run, "resenc") == "nnssl_train 801 3d_fullres -tr MAETrainer"
     run |= {"plans": "my plans", "processes": 4, "overrides": {"betas": [0.9, 0.98]}, "probe": "901"}
     assert command(run, "primus") == "nnssl_train 801 3d_fullres -tr MAETrainer -p 'my plans' -b resenc -num_gpus 4 -probe 901 -o betas=0.9,0.98"
+
+
+def test_what_is_measured_in_validation_only_is_no_part_of_the_loss():
+    records = [record(epoch, **{"train/dino": 1.0, "val/dino": 1.0, "val/retrieval": 0.3}) for epoch in range(3)]
+    drawn = dict(charts(records))
+    assert drawn["Quality on validation crops"].count("<polyline") == 1 and drawn["Parts of the loss"].count("<polyline") == 2
