@@ -102,12 +102,20 @@ class Spatial:
         place = rng.random()
         return np.array([low + place * (high - low) for low, high in self.zoom])
 
+    def draw_mirror(self, rng: np.random.Generator) -> np.ndarray:
+        """Mirrored axes (3,)."""
+        return rng.integers(0, 2, 3).astype(bool) & self.mirror if any(self.mirror) else np.zeros(3, bool)
+
+    def draw_rotation(self, rng: np.random.Generator) -> np.ndarray:
+        """Rotation (3, 3)."""
+        if not self.p_rotation or rng.random() >= self.p_rotation:
+            return np.eye(3)
+        return rotation_matrix(rng.uniform(-1, 1, 3) * self.rotation)
+
     def draw_turn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rotation (3, 3) and mirrored axes (3,)."""
-        mirrored = rng.integers(0, 2, 3).astype(bool) & self.mirror if any(self.mirror) else np.zeros(3, bool)
-        if not self.p_rotation or rng.random() >= self.p_rotation:
-            return np.eye(3), mirrored
-        return rotation_matrix(rng.uniform(-1, 1, 3) * self.rotation), mirrored
+        mirrored = self.draw_mirror(rng)
+        return self.draw_rotation(rng), mirrored
 
 
 NONE = Spatial(mirror=(False, False, False))

@@ -88,9 +88,8 @@ def _extent(size: Sequence[int], zoom: np.ndarray) -> list[int]:
     return [int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom)]
 
 
-def _place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, spatial: Spatial, rng: np.random.Generator) -> np.ndarray:
-    """The affine of a crop in the middle of a box, turned as `spatial` draws it."""
-    rotation, mirrored = spatial.draw_turn(rng)
+def _place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, rotation: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """The affine of a crop in the middle of a box."""
     spacing = (1.0, 1.0, 1.0) if np.array_equal(rotation, np.eye(3)) else store.geometry(case).spacing  # it cancels without rotation
     return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
 
@@ -115,7 +114,7 @@ class Crop:
         zoom = self.spatial.draw_zoom(rng)
         body = store.body(case) if self.body else None
         box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
-        affine = _place(store, case, box, self.patch_size, zoom, self.spatial, rng)
+        affine = _place(store, case, box, self.patch_size, zoom, *self.spatial.draw_turn(rng))
         image = read_crops(store, case, [affine], [self.patch_size])[0]
         return {"image": View(image, affine, intensity=self.intensity.draw(len(image), rng))}
 
@@ -126,14 +125,15 @@ class MultiCrop:
 
     A sampling box is placed at random in the case; each crop shows a random share of its volume and is resized to its own
     number of voxels in the same interpolation that turns it. All axes are zoomed alike. In a case smaller than the sampling
-    box the shares are smaller, and a crop of the smallest share that still doesn't fit is padded.
+    box the shares are smaller, and a crop of the smallest share that still doesn't fit is padded. All crops are mirrored alike:
+    a network that has to say the same of mirrored anatomy may not see what is left and what is up.
 
     Args:
         global_size, local_size: voxels of the crops, (z, y, x).
         locals: number of small crops.
         global_share, local_share: range of a crop's share of the sampling box, by volume; uniform.
         box: edge of the sampling box over that of a global crop; clipped to the case.
-        spatial: how each crop is turned and mirrored (its zoom is not used).
+        spatial: how each crop is turned, and how all of them are mirrored (its zoom is not used).
         intensity: augmentation of each crop's values.
         body: smallest share of body in the sampling box and in each crop, where there is such a place; [0, 1].
         overlap: interval of the IoU of the two large crops (before they are turned); None: as it comes. In 64 tries; after
@@ -165,7 +165,8 @@ class MultiCrop:
 
         crops = self._pair(lambda: draw(self.global_size, self.global_share)) + [draw(self.local_size, self.local_share) for _ in range(self.locals)]
         sizes = {f"global_{i}": self.global_size for i in range(2)} | {f"local_{i}": self.local_size for i in range(self.locals)}
-        affines = [_place(store, case, box, size, zoom, self.spatial, rng) for (zoom, box), size in zip(crops, sizes.values())]
+        mirrored = self.spatial.draw_mirror(rng)
+        affines = [_place(store, case, box, size, zoom, self.spatial.draw_rotation(rng), mirrored) for (zoom, box), size in zip(crops, sizes.values())]
         images = read_crops(store, case, affines, list(sizes.values()))
         return {name: View(image, affine, intensity=self.intensity.draw(len(image), rng)) for name, image, affine in zip(sizes, images, affines)}
 

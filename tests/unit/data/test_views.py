@@ -172,6 +172,15 @@ def test_multi_crop_shows_the_wanted_shares_of_a_box_around_them():
     assert 0.03 <= min(shares["local"]) and max(shares["local"]) <= 0.25 and abs(np.mean(shares["local"]) - 0.14) < 0.01
 
 
+def test_all_crops_of_a_volume_are_mirrored_alike_and_volumes_each_in_their_way():
+    store, spec, found = ArrayStore(), MultiCrop((16, 16, 16), (8, 8, 8), 3), set()
+    for seed in range(64):
+        axes = {tuple(np.diag(view.affine[:, :3]) < 0) for view in spec.sample(store, 0, sample_rng(seed, 0)).values()}  # turned by 10 degrees at most
+        assert len(axes) == 1
+        found |= axes
+    assert len(found) == 8
+
+
 @pytest.mark.parametrize(("shape", "inside"), [((30, 60, 50), True), ((14, 40, 30), False)])
 def test_multi_crop_of_a_small_case_keeps_proportions_and_is_magnified_no_more_than_elsewhere(shape, inside):
     store, spec = ArrayStore(1, shape=shape), MultiCrop((24, 24, 24), (12, 12, 12), 2, spatial=NONE)
