@@ -122,14 +122,12 @@ class Output:
     Args:
         losses: "dino", "ibot", "koleo", "gram".
         summary: of the student, before the head, of the global crops, (G, C).
-        patches: the teacher's tokens of the global crops, (G, N, C).
         dino, ibot: what the teacher's heads say; of the global crops (G, K) and of the hidden tokens (M, K).
         guesses: the student's bottleneck vectors of the hidden tokens (M, D) and the prototypes (K, D).
     """
 
     losses: dict[str, Tensor]
     summary: Tensor
-    patches: Tensor
     dino: Teaching
     ibot: Teaching
     guesses: tuple[Tensor, Tensor]
@@ -168,7 +166,7 @@ class DINOv2Model(nn.Module):
             temperature: the teacher's.
             hidden_share: of a crop's tokens, at most; with it "gram" is among the losses.
         """
-        dino, ibot, patches = self.teach(crops, temperature)
+        dino, ibot = self.teach(crops, temperature)
         summary, tokens = self.student(crops.large, crops.mask)
         if self.unmasked:
             summary, _ = self.student(crops.large)
@@ -184,20 +182,20 @@ class DINOv2Model(nn.Module):
         }
         if self.anchor is not None and hidden_share is not None:
             losses["gram"] = self.anchor.loss(tokens, crops.large, crops.mask, hidden_share)
-        return Output(losses, summary.detach(), patches, dino, ibot, (z.detach(), directions.detach()))
+        return Output(losses, summary.detach(), dino, ibot, (z.detach(), directions.detach()))
 
     @torch.no_grad()
-    def teach(self, crops: Crops, temperature: float) -> tuple[Teaching, Teaching, Tensor]:
-        """What the teacher says of summaries and of hidden tokens, and its tokens of the global crops (G, N, C)."""
+    def teach(self, crops: Crops, temperature: float) -> tuple[Teaching, Teaching]:
+        """What the teacher says of summaries and of hidden tokens."""
         net: Any = self.teacher.net
-        summary, patches = self.teacher(crops.large)
-        seen, told = _logits(net.dino_head, summary), _logits(net.ibot_head, patches.flatten(0, 1)[crops.hidden])
+        summary, tokens = self.teacher(crops.large)
+        seen, told = _logits(net.dino_head, summary), _logits(net.ibot_head, tokens.flatten(0, 1)[crops.hidden])
         if self.centring == "centre" and self.training:
             self.centre.add(seen)
         of_summaries = {"centre": self.centre.potentials, "sinkhorn": assign.sinkhorn, "none": assign.softmax}[self.centring]
         of_tokens = assign.softmax if self.centring == "none" else assign.sinkhorn
         dino = Teaching(seen, temperature, *of_summaries(seen, temperature), self.centring == "sinkhorn")
-        return dino, Teaching(told, temperature, *of_tokens(told, temperature), self.centring != "none"), patches
+        return dino, Teaching(told, temperature, *of_tokens(told, temperature), self.centring != "none")
 
     def take_anchor(self) -> None:
         """The teacher's backbone as it is now becomes the anchor."""
