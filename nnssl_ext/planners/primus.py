@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, int]] = {  # S, B, M, L as published; nano and tiny f
     "M": {"embed_dim": 864, "eva_depth": 16, "eva_numheads": 12},
     "L": {"embed_dim": 1056, "eva_depth": 24, "eva_numheads": 16},
 }
-BYTES_PER_UNIT = {"fp32": 112.0, "bf16": 80.0}  # of a token, channel and block; measured 110-115 and 69-77 (all tokens encoded, attention not stored)
+BYTES_PER_UNIT = {"fp32": 80.0, "bf16": 56.0}  # of a token, channel and block; measured 75-78 and 51-53 (all tokens encoded, attention not stored)
 BYTES_PER_PARAMETER = 18.0  # AdamW: weight, gradient, two moments in float32; a bfloat16 copy of the weight
 BYTES_PER_VOXEL = 8.0  # of the crop: the image and its tokens in float32
 TOKENIZER_BYTES_PER_VOXEL = {"fp32": 1150.0, "bf16": 700.0}  # of the crop, Primus V2; measured 1080-1140 and 630-690 (48^3 and larger)
