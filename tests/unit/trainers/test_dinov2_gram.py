@@ -15,7 +15,18 @@ from tests.conformance.pairs import first_batch
 from tests.make_data import tiny_plan, tiny_store
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-SMALL = {"epochs": 3, "iterations": 2, "workers": 0, "batch_size": 2, "prototypes": 16, "hidden": 16, "bottleneck": 8, "locals": 1, "lr": 1e-2, "momentum": (0.5, 0.5)}
+SMALL = {
+    "epochs": 3,
+    "iterations": 2,
+    "workers": 0,
+    "batch_size": 2,
+    "prototypes": 16,
+    "hidden": 16,
+    "bottleneck": 8,
+    "locals": 1,
+    "lr": 1e-2,
+    "momentum": (0.5, 0.5),
+}
 
 
 def make(folder, cls=DINOv2Trainer, **options):

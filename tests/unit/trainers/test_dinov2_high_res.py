@@ -54,8 +54,8 @@ def test_batch_and_learning_rate_shrink_the_temperature_stays_at_its_end_and_not
 def test_a_large_batch_is_divided_by_the_growth_of_the_crop_in_tokens(tmp_path):
     plan = tiny_plan()
     config = plan.configuration("3d_fullres")
-    network = dataclasses.replace(config.networks["primus"], batch_size=256)
-    plan = dataclasses.replace(plan, configurations={"3d_fullres": dataclasses.replace(config, networks={"primus": network})})
+    network = dataclasses.replace(config.networks["primus"], batch_size=192)
+    plan = dataclasses.replace(plan, gpu_memory_target_gb=24.0, configurations={"3d_fullres": dataclasses.replace(config, networks={"primus": network})})
     first, second = (cls(plan, "3d_fullres", cls.Config(**SMALL), tiny_store(), tmp_path) for cls in (DINOv2Trainer, DINOv2HighResTrainer))
     assert (first.batch_size, second.batch_size) == (64, round(64 / 1.5**3))
     assert (first.settings.koleo, second.settings.koleo, second.settings.volumes) == (0.1, 0.1, 19)
