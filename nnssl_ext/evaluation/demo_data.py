@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +15,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.core.files import FolderLock, atomic_path, read_json, sha256_file, sha256_json, write_json
+from nnssl_ext.core.files import FolderLock, read_json, sha256_file, sha256_json, write_json
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.paths import RAW
 from nnssl_ext.evaluation.anatomy import LABELS
 from nnssl_ext.evaluation.cohort import DerivedVolume, derive_volume, merge_organs, source_of
 from nnssl_ext.evaluation.phantom import Phantom, make_phantom
 from nnssl_ext.evaluation.torso import ORGANS, SCANS
+from nnssl_ext.io.itk import write_image
 
 COHORT, ORGAN_SET = "Dataset801_TorsoCohort", "Dataset901_TorsoOrgans"
 PHANTOM_COHORT, PHANTOM_SET = "Dataset802_PhantomCohort", "Dataset902_PhantomOrgans"
@@ -260,18 +259,12 @@ def _write_volumes(folder: Path, task: Sequence[Job]) -> None:
 
 
 def _write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write a NIfTI file atomically; SimpleITK chooses the format by the suffix, so it writes in a folder of its own."""
+    """Write a NIfTI file atomically."""
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(geometry.spacing[::-1])
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
-    with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix=".writing_", dir=path.parent) as folder:
-        whole = Path(folder) / "volume.nii.gz"
-        try:
-            sitk.WriteImage(image, str(whole), useCompression=True, compressionLevel=1)
-        except RuntimeError as error:
-            raise UserError("could not write a volume", path, "check the free space and the permissions of the disk") from error
-        os.replace(whole, temporary)
+    write_image(path, image, "a volume")
 
 
 def _rounded(image: np.ndarray) -> np.ndarray:

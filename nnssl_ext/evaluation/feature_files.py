@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections import Counter
@@ -26,6 +25,7 @@ from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.io.bids import is_bids
 from nnssl_ext.io.case import ENDINGS, Case, join_name, split_selector, stem
 from nnssl_ext.io.index import read_index
+from nnssl_ext.io.itk import write_image
 from nnssl_ext.preprocessing.parallel import Workers, run_all
 from nnssl_ext.preprocessing.preprocessor import Preprocessor, load
 from nnssl_ext.trainers.colours import pca_rgb
@@ -241,13 +241,7 @@ def write_nifti(path: Path, found: FeatureMap) -> None:
     image.SetSpacing((*found.geometry.spacing[::-1], 1.0))
     image.SetOrigin((*found.geometry.origin, 0.0))
     image.SetDirection(direction.flatten().tolist())
-    with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix=".writing_", dir=path.parent) as folder:
-        whole = Path(folder) / "features.nii.gz"
-        try:
-            SimpleITK.WriteImage(image, str(whole), useCompression=True, compressionLevel=1)
-        except RuntimeError as error:
-            raise UserError("could not write the features", path, "check the free space and the permissions of the disk") from error
-        os.replace(whole, temporary)
+    write_image(path, image, "the features")
 
 
 def draw(path: Path, image: np.ndarray, geometry: Geometry, found: FeatureMap, body: np.ndarray) -> None:

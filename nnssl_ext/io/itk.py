@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
 
-from nnssl_ext.core.errors import ImageError
+from nnssl_ext.core.errors import ImageError, UserError
+from nnssl_ext.core.files import atomic_path
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.io import nifti
 from nnssl_ext.io.quiet import quiet
@@ -20,6 +23,24 @@ _PACKED = re.compile(rb"CompressedData *= *True|encoding: *(gz|bz)", re.IGNORECA
 _PAIRS = {".hdr": ".img", ".img": ".hdr"}
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is checked here and becomes an ImageError
+
+
+def write_image(path: Path, image: SimpleITK.Image, what: str) -> None:
+    """Write a compressed NIfTI file atomically; SimpleITK chooses the format by the suffix, so it writes in a folder of its own.
+
+    Args:
+        what: the content, for the error.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix=".writing_", dir=path.parent) as folder:
+        whole = Path(folder) / "volume.nii.gz"
+        try:
+            SimpleITK.WriteImage(image, str(whole), useCompression=True, compressionLevel=1)
+        except RuntimeError as error:
+            raise UserError(f"could not write {what}", path, "check the free space and the permissions of the disk") from error
+        os.replace(whole, temporary)
 
 
 def read_voxels(path: Path, selector: str, geometry: Geometry) -> np.ndarray:
