@@ -14,6 +14,7 @@ from nnssl_ext.data.views import Crop, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.losses import masked_mse
+from nnssl_ext.nn.pixel_head import Reconstruction
 from nnssl_ext.nn.tokens import gather, patchify, split_tokens, unpatchify
 from nnssl_ext.nn.transformer import HEAD_WIDTH, transformer
 from nnssl_ext.trainers.base import Losses, SSLTrainer
@@ -72,20 +73,17 @@ def voxel_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask[:, None]
 
 
-class MaskedUNet(nn.Module):
-    """Encoder, decoder and a pointwise reconstruction layer."""
+class MaskedUNet(Reconstruction):
+    """Encoder, decoder and a pointwise reconstruction layer, which see the visible voxels only."""
 
     def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Conv3d(backbone.widths[0], backbone.channels, 1)
+        super().__init__(backbone, backbone.channels)
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
         """Reconstruction (B, C, z, y, x) of the crop from its visible voxels."""
-        visible = image.masked_fill(voxel_mask(mask, image.shape[2:]), 0.0)
-        return self.head(self.backbone.decode(self.backbone.pyramid(visible)))  # type: ignore[no-any-return]
+        return super().forward(image.masked_fill(voxel_mask(mask, image.shape[2:]), 0.0))
 
-    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Prediction and target (B, C, z, y, x), and which voxels are hidden."""
         return self.reconstruct(image, mask), image, voxel_mask(mask, image.shape[2:])
 
