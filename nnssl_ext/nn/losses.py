@@ -26,9 +26,21 @@ def masked_mse(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
     Source: He et al. 2022, arXiv:2111.06377, section 3.
     """
+    return _hidden_mean(prediction, target, hidden, torch.square)
+
+
+def masked_l1(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Mean absolute error over the hidden elements only; arguments as of `masked_mse`.
+
+    Source: Xie et al. 2022, arXiv:2111.09886, section 3.5.
+    """
+    return _hidden_mean(prediction, target, hidden, torch.abs)
+
+
+def _hidden_mean(prediction: Tensor, target: Tensor, hidden: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
     difference = wide(prediction) - wide(target)
     difference = torch.where(hidden, difference, 0)  # not a product: NaN * 0 = NaN
-    return difference.square().sum() / hidden.expand_as(difference).sum()
+    return cost(difference).sum() / hidden.expand_as(difference).sum()
 
 
 def cross_entropy_to(z: Tensor, directions: Tensor, targets: Callable[[slice], Tensor], weights: Tensor, temperature: float = 0.1) -> Tensor:

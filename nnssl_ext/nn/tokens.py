@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from nnssl_ext.nn.precision import wide
+
+_VARIANCE = 1e-6  # added to that of a block, as in the source
+
 
 def patchify(x_BCZYX: Tensor, token: Sequence[int]) -> Tensor:
     """Voxels of each token, (B, N, C * token volume); inside a token the order is (c, z, y, x)."""
@@ -34,6 +38,34 @@ def split_tokens(hidden_BN: Tensor) -> tuple[Tensor, Tensor]:
     order = hidden_BN.long().sort(dim=1, stable=True).indices
     visible = hidden_BN.shape[1] - int(hidden_BN[0].sum())
     return order[:, :visible], order[:, visible:]
+
+
+def enlarge(cells: Tensor, shape: Sequence[int]) -> Tensor:
+    """Cells (..., d, h, w) as voxels (..., z, y, x), nearest neighbour; cells have equal edges but for the last of an axis."""
+    for axis, size in enumerate(shape, start=-3):
+        cells = cells.repeat_interleave(-(-size // cells.shape[axis]), dim=axis).narrow(axis, 0, size)
+    return cells
+
+
+def voxel_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask of blocks or tokens (B, d, h, w) as voxel mask (B, 1, z, y, x)."""
+    return enlarge(mask, shape)[:, None]
+
+
+def block_moments(image_BCZYX: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the block that each voxel lies in, by channel: both (B, C, z, y, x).
+
+    Args:
+        image_BCZYX: in any precision; moments are in fp32 (fp64 for fp64).
+        grid: blocks along (z, y, x); they have equal edges but for the last of an axis.
+
+    Source: He et al. 2022, arXiv:2111.06377, section 3 (normalised patches).
+    """
+    image, shape = wide(image_BCZYX), image_BCZYX.shape[2:]
+    edges = [-(-size // cells) for size, cells in zip(shape, grid)]
+    mean = enlarge(F.avg_pool3d(image, edges, ceil_mode=True), shape)
+    variance = enlarge(F.avg_pool3d((image - mean).square(), edges, ceil_mode=True), shape)
+    return mean, (variance + _VARIANCE).sqrt()
 
 
 def resize_positions(positions_1NC: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:

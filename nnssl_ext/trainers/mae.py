@@ -15,10 +15,11 @@ from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.losses import masked_mse
 from nnssl_ext.nn.pixel_head import Reconstruction
-from nnssl_ext.nn.tokens import gather, patchify, split_tokens, unpatchify
+from nnssl_ext.nn.tokens import block_moments, gather, patchify, split_tokens, unpatchify, voxel_mask
 from nnssl_ext.nn.transformer import HEAD_WIDTH, transformer
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
+from nnssl_ext.trainers.pictures import masked_rows
 
 
 class MAETrainer(SSLTrainer):
@@ -38,6 +39,7 @@ class MAETrainer(SSLTrainer):
     class Config(SSLTrainer.Config):
         mask_ratio: float = field(default=0.75, metadata=SHARE)  # share of blocks or tokens that are hidden
         mask_block: int = field(default=16, metadata=AT_LEAST_ONE)  # U-Net only: voxels along a block's edge
+        normalise: bool = False  # the target: every block or token minus its mean, over its standard deviation (per channel)
         decoder_depth: int = field(default=2, metadata=AT_LEAST_ONE)  # Primus only: transformer blocks of the decoder
         decoder_width: int = field(default=192, metadata=AT_LEAST_ONE)  # Primus only: channels of the decoder, at most the encoder's
 
@@ -53,24 +55,22 @@ class MAETrainer(SSLTrainer):
 
     def step(self, model: nn.Module, batch: Batch) -> Losses:
         view = batch["image"]
-        prediction, target, hidden = model(view.image, view.mask)
-        return {"total": masked_mse(prediction, target, hidden)}
+        assert view.mask is not None
+        target = view.image
+        if self.config.normalise:
+            mean, deviation = block_moments(target, view.mask.shape[1:])
+            target = (target - mean) / deviation
+        return {"total": masked_mse(*model(view.image, view.mask, target))}
 
     def picture(self, batch: Batch) -> list[dict[str, np.ndarray]]:
         view = batch["image"]
         assert view.mask is not None
         image, mask = view.image[:2], view.mask[:2]
-        hidden = voxel_mask(mask, image.shape[2:])
-        filled = torch.where(hidden, self.model.reconstruct(image, mask).float(), image)
-        volumes = {"crop": image, "visible": image.masked_fill(hidden, image.min()), "reconstruction": filled}
-        return [{caption: volume[i, 0].cpu().numpy() for caption, volume in volumes.items()} for i in range(len(image))]
-
-
-def voxel_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A block mask (B, d, h, w) as voxel mask (B, 1, z, y, x); blocks have equal edges but for the last of an axis."""
-    for axis, size in enumerate(shape, start=1):
-        mask = mask.repeat_interleave(-(-size // mask.shape[axis]), dim=axis).narrow(axis, 0, size)
-    return mask[:, None]
+        reconstruction, caption = self.model.reconstruct(image, mask).float(), "reconstruction"
+        if self.config.normalise:
+            mean, deviation = block_moments(image, mask.shape[1:])  # nothing predicts them
+            reconstruction, caption = mean + deviation * reconstruction, "reconstruction (mean and, deviation, given)"
+        return masked_rows(image, mask, reconstruction, caption)
 
 
 class MaskedUNet(Reconstruction):
@@ -83,9 +83,9 @@ class MaskedUNet(Reconstruction):
         """Reconstruction (B, C, z, y, x) of the crop from its visible voxels."""
         return super().forward(image.masked_fill(voxel_mask(mask, image.shape[2:]), 0.0))
 
-    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, image: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Prediction and target (B, C, z, y, x), and which voxels are hidden."""
-        return self.reconstruct(image, mask), image, voxel_mask(mask, image.shape[2:])
+        return self.reconstruct(image, mask), target, voxel_mask(mask, image.shape[2:])
 
 
 class MaskedTransformer(nn.Module):
@@ -109,11 +109,11 @@ class MaskedTransformer(nn.Module):
         features: Tensor = self.decoder(gather(tokens, place))[0]
         return features
 
-    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prediction and target of the hidden tokens, (B, K, voxels of a token * C), all of them counted."""
         visible, hidden = split_tokens(mask.flatten(1))
         prediction = self.head(gather(self.decode(image, visible, hidden), hidden))
-        return prediction, gather(patchify(image, self.backbone.token), hidden), torch.ones_like(prediction, dtype=torch.bool)
+        return prediction, gather(patchify(target, self.backbone.token), hidden), torch.ones_like(prediction, dtype=torch.bool)
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
         """Prediction (B, C, z, y, x) of every token."""

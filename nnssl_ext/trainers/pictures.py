@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_ext.core.files import atomic_path
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.tokens import voxel_mask
 from nnssl_ext.trainers.colours import pca_rgb
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ def view_rows(batch: Batch) -> list[dict[str, np.ndarray]]:
                 row[f"{name}, visible"] = _hidden_dark(row[name], view.mask[sample].cpu().numpy())
         rows.append(row)
     return rows
+
+
+def masked_rows(image: Tensor, mask: Tensor, reconstruction: Tensor, caption: str = "reconstruction") -> list[dict[str, np.ndarray]]:
+    """First channel of crops (B, C, z, y, x), of what a mask (B, d, h, w) leaves visible, and of that with the hidden voxels reconstructed."""
+    hidden = voxel_mask(mask, image.shape[2:])
+    volumes = {"crop": image, "visible": image.masked_fill(hidden, image.min()), caption: torch.where(hidden, reconstruction.float(), image)}
+    return [{name: volume[i, 0].cpu().numpy() for name, volume in volumes.items()} for i in range(len(image))]
 
 
 def _hidden_dark(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from torch import nn
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.masking import block_grid
 from nnssl_ext.nn.losses import masked_mse
-from nnssl_ext.trainers.mae import MAETrainer, voxel_mask
+from nnssl_ext.nn.tokens import voxel_mask
+from nnssl_ext.trainers.mae import MAETrainer
 from tests.make_data import ArrayStore, make_plan
 
 FAMILIES, CHANNELS, PATCHES = ["resenc", "primus"], [1, 4], [(32, 32, 32), (16, 32, 48)]
