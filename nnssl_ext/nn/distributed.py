@@ -69,6 +69,14 @@ def joined(x: Tensor) -> Tensor:
     return torch.cat([x if number == rank() else part[:count] for number, (part, count) in enumerate(zip(stacked(padded), counts))])
 
 
+def own_share(loss: Tensor) -> Tensor:
+    """A loss that every rank computes over everybody's `joined` rows, with a gradient whose average over the ranks is that of one process.
+
+    A rank knows the gradient by its own rows alone; averaging divides it by the number of ranks.
+    """
+    return ranks() * loss - (ranks() - 1) * loss.detach()
+
+
 def local(tensor: Any) -> Tensor:
     """This process's share of a sharded tensor, with the same memory; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.nn import assign, distributed
+from nnssl_ext.nn.contrastive import nt_xent, rank_mean
 from nnssl_ext.nn.losses import koleo
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +36,7 @@ def share(x: Tensor, counts: tuple[int, int]) -> Tensor:
 def work() -> dict[str, dict[tuple[int, int], list[Tensor]]]:
     """What a process finds for each way to share the rows, alone or as one of two."""
     tasks = {"sinkhorn": balanced, "centre": centred, "koleo": spread, "joined": together}
-    return {name: {counts: task(counts) for counts in SHARES} for name, task in tasks.items()}
+    return {name: {counts: task(counts) for counts in SHARES} for name, task in tasks.items()} | {"contrast": {(4, 4): contrasted()}}
 
 
 def balanced(counts: tuple[int, int]) -> list[Tensor]:
@@ -60,6 +61,16 @@ def spread(counts: tuple[int, int]) -> list[Tensor]:
     """The loss, and the gradient by weights that all processes share, averaged over them as DDP does."""
     weight = rows(CLASSES, 9).requires_grad_()
     loss = koleo(share(rows(sum(counts), 1), counts) @ weight)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return [loss.detach(), distributed.stacked(gradient).mean(0)]
+
+
+def contrasted() -> list[Tensor]:
+    """The product of the contrast of two versions of eight samples, two of which have one subject, and of a mean over them, with its averaged gradient."""
+    weight = rows(CLASSES, 9).requires_grad_()
+    a, b = (share(rows(8, number), (4, 4)) @ weight for number in (4, 5))
+    subjects = share(torch.tensor([0, 1, 2, 3, 4, 1, 6, 7]), (4, 4)).tolist()
+    loss = nt_xent(a, b, 0.3, subjects) * rank_mean((a - b).abs().mean())
     (gradient,) = torch.autograd.grad(loss, weight)
     return [loss.detach(), distributed.stacked(gradient).mean(0)]
 
@@ -110,6 +121,14 @@ def test_koleo_and_its_averaged_gradient_are_those_of_one_process(found, counts)
     for half in found:
         same(half["koleo"][counts][0], loss)
         same(half["koleo"][counts][1], gradient)
+
+
+def test_contrast_and_its_averaged_gradient_are_those_of_one_process(found):
+    loss, gradient = contrasted()
+    assert loss > 0 and bool(gradient.any())
+    for half in found:
+        same(half["contrast"][(4, 4)][0], loss)
+        same(half["contrast"][(4, 4)][1], gradient)
 
 
 @pytest.mark.parametrize("counts", SHARES)
