@@ -87,6 +87,7 @@ class Spatial:
         zoom: range of each axis (z, y, x), uniform; above 1 shows more of the case. One draw for all axes.
         p_zoom: probability of any zoom.
         mirror: axes that are mirrored half of the time.
+        p_mirror: probability that any axis may be.
     """
 
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -94,6 +95,7 @@ class Spatial:
     zoom: tuple[tuple[float, float], ...] = ((1.0, 1.0),) * 3
     p_zoom: float = 0.0
     mirror: tuple[bool, bool, bool] = (True, True, True)
+    p_mirror: float = 1.0
 
     def draw_zoom(self, rng: np.random.Generator) -> np.ndarray:
         """Factor of each axis; draws nothing where it is never zoomed."""
@@ -104,6 +106,8 @@ class Spatial:
 
     def draw_mirror(self, rng: np.random.Generator) -> np.ndarray:
         """Mirrored axes (3,)."""
+        if self.p_mirror < 1 and rng.random() >= self.p_mirror:
+            return np.zeros(3, bool)
         return rng.integers(0, 2, 3).astype(bool) & self.mirror if any(self.mirror) else np.zeros(3, bool)
 
     def draw_rotation(self, rng: np.random.Generator) -> np.ndarray:

@@ -66,6 +66,12 @@ def test_each_axis_is_mirrored_half_of_the_time():
     assert all(affine[0, 0] == 1 and affine[2, 2] == 1 for affine in axes) and {affine[1, 1] for affine in axes} == {-1, 1}
 
 
+def test_crops_can_be_mirrored_more_rarely():
+    flips = np.array([Spatial(p_mirror=0.4).draw_mirror(sample_rng(0, i)) for i in range(4000)])
+    assert np.abs(flips.mean(0) - 0.2).max() < 0.03 and abs(flips.any(1).mean() - 0.4 * 7 / 8) < 0.03
+    assert not any(Spatial(p_mirror=0.0).draw_mirror(sample_rng(0, i)).any() for i in range(50))
+
+
 @pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (5.0, 1.0, 0.8)])
 def test_every_voxel_of_a_turned_crop_lies_where_the_affine_says(spacing):
     store, spec = coordinate_store((60, 64, 70), spacing), Crop((12, 15, 10), STRONG)
