@@ -13,6 +13,7 @@ from nnssl_ext.preprocessing.store import CaseStore
 
 _VOLUME = (0.2, 0.8)  # of a box, over the volume that is hidden in all; uniform
 _ROUNDING = 1e-9  # of a share times a number, such as 0.29 * 100
+_BLOCKS = 27  # of a mask, so that what is hidden has visible neighbours
 _ASPECT = 2.0  # an edge is longer or shorter than a cube's by this factor at most, before all three are scaled to the volume; log-uniform
 
 
@@ -33,8 +34,13 @@ def random_blocks(grid: Sequence[int], ratio: float, rng: np.random.Generator) -
     """
     count = int(np.prod(grid))
     hidden = np.zeros(count, bool)
-    hidden[rng.permutation(count)[: min(max(round(ratio * count), 1), count - 1)]] = True
+    hidden[rng.permutation(count)[: hidden_count(count, ratio)]] = True
     return hidden.reshape(tuple(grid))
+
+
+def hidden_count(blocks: int, ratio: float) -> int:
+    """How many of two or more blocks `random_blocks` hides."""
+    return min(max(round(ratio * blocks), 1), blocks - 1)
 
 
 def random_boxes(grid: Sequence[int], count: int, rng: np.random.Generator) -> np.ndarray:
@@ -84,6 +90,11 @@ def mask_block(patch_size: Sequence[int], edge: int = 16) -> tuple[int, ...]:
     return tuple(min(edge, max(min(2, size), size // 4)) for size in patch_size)
 
 
+def stride_block(patch_size: Sequence[int], strides: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The coarsest of an encoder's strides, finest first, of which the patch holds 27 blocks or more; the finest where it never does."""
+    return next((stride for stride in reversed(strides) if math.prod(block_grid(patch_size, stride)) >= _BLOCKS), strides[0])
+
+
 @dataclass(frozen=True)
 class MaskedCrop:
     """One random crop, as view "image", with `ratio` of its blocks hidden.
@@ -92,15 +103,19 @@ class MaskedCrop:
         crop: where it comes from.
         block: voxels of a block, (z, y, x).
         ratio: share of blocks to hide, in (0, 1).
+        cell: voxels of a cell of the mask, (z, y, x), where it is finer than the blocks: a whole number of cells in each block.
     """
 
     crop: Crop
     block: tuple[int, ...]
     ratio: float
+    cell: tuple[int, ...] | None = None
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
-        view = self.crop.sample(store, case, rng)["image"]
-        return {"image": replace(view, mask=random_blocks(block_grid(self.crop.patch_size, self.block), self.ratio, rng))}
+        view, size = self.crop.sample(store, case, rng)["image"], self.crop.patch_size
+        hidden = random_blocks(block_grid(size, self.block), self.ratio, rng)
+        cells = np.ix_(*(np.arange(0, n, cell) // edge for n, cell, edge in zip(size, self.cell or self.block, self.block)))
+        return {"image": replace(view, mask=hidden[cells])}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,33 @@ def mae(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
+def models_genesis(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Mean over all voxels and channels of the squared error of what the corrupted crop is restored to."""
+    restored, target = trainer.model(batch["image"].image), batch["target"].image
+    return {"total": _mean([(restored[place] - target[place]) ** 2 for place in product(*map(range, target.shape))])}
+
+
+def recon_contrast(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """r + c * r: mean absolute error of the first reconstruction, and the contrast of both, in double precision."""
+    target = batch["target"].image
+    first, second = (trainer.model(batch[name].image) for name in ("image_0", "image_1"))
+    error = _mean([(first[place] - target[place]).abs() for place in product(*map(range, target.shape))])
+    contrast = _contrast(first.flatten(1), second.flatten(1), 0.005, [trainer.store.subject(case) for case in batch["target"].cases])
+    return {"total": error + contrast * error, "reconstruction": error, "contrast": contrast}
+
+
+def sim_mim(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Mean over hidden voxels and channels of the absolute error."""
+    view = batch["image"]
+    prediction = trainer.model(view.image, view.mask)
+    terms = []
+    for sample, z, y, x in hidden_voxels(view).nonzero().tolist():
+        for channel in range(view.image.shape[1]):
+            error = prediction[sample, channel, z, y, x] - view.image[sample, channel, z, y, x]
+            terms.append(error if error > 0 else -error)
+    return {"total": _mean(terms)}
+
+
 def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
     """1 - cosine of the prediction and the teacher's projection."""
     model, (a, b) = trainer.model, _pair(batch)
@@ -122,6 +149,17 @@ def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["a"].image, batch["b"].image
 
 
+def _contrast(a: Tensor, b: Tensor, temperature: float, subjects: list[str]) -> Tensor:
+    """Mean over vectors of -log of the share of the other version among it and all vectors of other subjects, by the sum of exponentials."""
+    vectors = [row.double() / row.double().square().sum().sqrt() for row in (*a, *b)]
+    terms = []
+    for i, anchor in enumerate(vectors):
+        positive = ((anchor * vectors[i - len(a)]).sum() / temperature).exp()
+        others = [((anchor * v).sum() / temperature).exp() for k, v in enumerate(vectors) if subjects[k % len(a)] != subjects[i % len(a)]]
+        terms.append(-(positive / _sum([positive, *others])).log())
+    return _mean(terms)
+
+
 def _sum(terms: Sequence[Tensor]) -> Tensor:
     total = terms[0] * 0
     for term in terms:
@@ -140,6 +178,10 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
+    "SimMIMTrainer": sim_mim,
+    "SparkMAETrainer": mae,
+    "ModelsGenesisTrainer": models_genesis,
+    "ReconContrastTrainer": recon_contrast,
     "DINOv2Trainer": dinov2,
     "DINOv2HighResTrainer": dinov2,
     "ToyEMATrainer": toy_ema,

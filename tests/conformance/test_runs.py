@@ -16,7 +16,7 @@ from nnssl_ext.trainers.pictures import draw_run
 from tests.conformance.pairs import EVERY, METHODS, PAIRS, STEPS, Pair, first_batch, registered
 
 TOYS = [pair for pair in PAIRS if pair.method not in registered()]
-REFUSED = [*(pair for pair in EVERY if not pair.supported()), Pair(type("SparseTrainer", (SSLTrainer,), {"needs": (frozenset({"sparse"}),)}), "resenc")]
+REFUSED = [*(pair for pair in EVERY if not pair.supported()), Pair(type("GraphTrainer", (SSLTrainer,), {"needs": (frozenset({"graph"}),)}), "resenc")]
 PRECISIONS = [{"precision": "bf16"}, {"accumulate": 2}]
 
 

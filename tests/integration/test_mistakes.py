@@ -25,7 +25,7 @@ PLUGIN = """
 from nnssl_ext.trainers.base import SSLTrainer
 
 class NeedsMore(SSLTrainer):
-    needs = (frozenset({"sparse"}),)
+    needs = (frozenset({"graph"}),)
 """
 
 

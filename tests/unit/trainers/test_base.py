@@ -140,11 +140,11 @@ def test_a_finished_run_can_be_continued_without_effect(tmp_path):
 
 
 def test_a_method_whose_needs_the_backbone_lacks_fails_before_data_are_read(tmp_path):
-    class NeedsSparse(SSLTrainer):
-        needs = (frozenset({"sparse"}),)
+    class NeedsMore(SSLTrainer):
+        needs = (frozenset({"graph"}),)
 
-    with pytest.raises(UserError, match="NeedsSparse needs sparse"):
-        NeedsSparse(PLAN, "3d_fullres", SHORT, None, tmp_path)
+    with pytest.raises(UserError, match="NeedsMore needs graph"):
+        NeedsMore(PLAN, "3d_fullres", SHORT, None, tmp_path)
 
 
 def test_beside_a_gpu_the_loader_leaves_the_intensities_to_it(tmp_path):
