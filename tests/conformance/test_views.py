@@ -9,9 +9,11 @@ from nnssl_ext.core.rng import sample_rng
 from tests.conformance.pairs import PAIRS
 from tests.make_data import TINY_SHAPE, ArrayStore
 
-CORRUPTED = {
-    name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")
-}  # views with changed intensities, by method
+CORRUPTED = {  # views with changed intensities, by method
+    "ModelsGenesisTrainer": {"image"},
+    "ReconContrastTrainer": {"image_0", "image_1"},
+    **{name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")},
+}
 TOLERANCE = 1e-3  # voxels
 
 
