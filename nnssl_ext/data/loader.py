@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 from collections.abc import Iterator, Sequence
@@ -199,6 +200,11 @@ def deaths_explained() -> Iterator[None]:
         how = f" (killed by signal {number.value}, {number.name})" if number else ""
         fix = _REMEDIES.get(number or 0, "go on with --c; if it dies again, -o workers=0 shows why")
         raise UserError(f"a loader process died{how}", f"process {death['pid']}", fix) from error
+
+
+def subject_numbers(store: CaseStore, cases: Sequence[int]) -> list[int]:
+    """A number of each case's subject that is the same in every process."""
+    return [int.from_bytes(hashlib.blake2b(store.subject(case).encode(), digest_size=7).digest(), "little") for case in cases]
 
 
 def split_subjects(subjects: Sequence[str], seed: int, share: float = 0.1) -> tuple[list[int], list[int]]:

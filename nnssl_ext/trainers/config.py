@@ -63,6 +63,12 @@ def _convert(value: str, kind: Any, text: str) -> Any:
         raise UserError(f"'{value}' is not a valid {kind.__name__}", f"option -o {text}", f"give {_EXAMPLES.get(kind, 'another value')}") from None
 
 
+def check_several(samples: int, method: str) -> None:
+    """Raise a `UserError` where a method that compares the samples of a batch would get one alone."""
+    if samples < 2:
+        raise UserError(f"{method} compares samples and needs two of them at a time, not {samples}", "batch size", "give -o batch_size=2 or more")
+
+
 def speed_only(config: Any) -> set[str]:
     """Names of the fields that change no result."""
     return {field.name for field in dataclasses.fields(config) if not field.metadata.get("folder", True)}

@@ -60,11 +60,16 @@ def view_rows(batch: Batch) -> list[dict[str, np.ndarray]]:
     return rows
 
 
+def volume_rows(volumes: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
+    """First channel of volumes (B, C, z, y, x) by caption, sample by sample."""
+    count = len(next(iter(volumes.values())))
+    return [{caption: volume[i, 0].float().cpu().numpy() for caption, volume in volumes.items()} for i in range(count)]
+
+
 def masked_rows(image: Tensor, mask: Tensor, reconstruction: Tensor, caption: str = "reconstruction") -> list[dict[str, np.ndarray]]:
     """First channel of crops (B, C, z, y, x), of what a mask (B, d, h, w) leaves visible, and of that with the hidden voxels reconstructed."""
     hidden = voxel_mask(mask, image.shape[2:])
-    volumes = {"crop": image, "visible": image.masked_fill(hidden, image.min()), caption: torch.where(hidden, reconstruction.float(), image)}
-    return [{name: volume[i, 0].cpu().numpy() for name, volume in volumes.items()} for i in range(len(image))]
+    return volume_rows({"crop": image, "visible": image.masked_fill(hidden, image.min()), caption: torch.where(hidden, reconstruction.float(), image)})
 
 
 def _hidden_dark(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nnssl_ext.data import augment
-from nnssl_ext.data.loader import StepDataset, batches, split_subjects
+from nnssl_ext.data.loader import StepDataset, batches, split_subjects, subject_numbers
 from nnssl_ext.data.masking import MaskedCrop, MaskedMultiCrop
 from nnssl_ext.data.spatial import NNUNET
 from nnssl_ext.data.views import Crop, MultiCrop
@@ -111,3 +112,11 @@ def test_the_split_does_not_depend_on_the_order_of_the_cases():
     names = [f"s{i}" for i in range(30)]
     shuffled = list(np.random.default_rng(0).permutation(names))
     assert {names[i] for i in split_subjects(names, 2)[1]} == {shuffled[i] for i in split_subjects(shuffled, 2)[1]}
+
+
+def test_cases_have_the_same_number_exactly_if_they_have_the_same_subject():
+    names = ["anna", "ben", "anna", "carl", "ben"]
+    store = SimpleNamespace(subject=names.__getitem__)
+    numbers = subject_numbers(store, range(5))
+    assert [[a == b for b in numbers] for a in numbers] == [[a == b for b in names] for a in names]
+    assert subject_numbers(store, [3]) == numbers[3:4] and all(0 <= number < 2**63 for number in numbers)
