@@ -50,8 +50,8 @@ class SimMIMTrainer(SSLTrainer):
 
     def views(self) -> ViewSpec:
         patch, token = self.config_plan.patch_size, tuple(self.network_plan.kwargs.get("patch_embed_size", (1, 1, 1)))
-        edges = [mask_block([size // cell], max(1, self.config.mask_block // cell))[0] * cell for size, cell in zip(patch, token)]
-        return MaskedCrop(Crop(patch), tuple(edges), self.config.mask_ratio, None if max(token) == 1 else token)
+        block = tuple(max(1, edge // cell) * cell for edge, cell in zip(mask_block(patch, self.config.mask_block), token))
+        return MaskedCrop(Crop(patch), block, self.config.mask_ratio, cell=token if max(token) > 1 else None)
 
     def build(self, backbone: Backbone) -> nn.Module:
         return MaskedImageModel(backbone)
