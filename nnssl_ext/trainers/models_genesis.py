@@ -35,7 +35,7 @@ class ModelsGenesisTrainer(SSLTrainer):
     class Config(SSLTrainer.Config):
         mirror: float = field(default=0.4, metadata=SHARE)  # probability, of input and target alike; each axis then half of the time
         shuffle: float = field(default=0.5, metadata=SHARE)  # probability that windows are shuffled
-        windows: int = field(default=1000, metadata=AT_LEAST_ONE)  # that are shuffled, each of 1 voxel to a tenth of the crop along each axis
+        windows: int = field(default=1000, metadata=AT_LEAST_ONE)  # that are shuffled, 1 voxel to a tenth of the crop (at least 2) along each axis
         bezier: float = field(default=0.9, metadata=SHARE)  # probability of a curve of intensities
         paint: float = field(default=0.9, metadata=SHARE)  # probability of boxes of noise
         outer: float = field(default=0.8, metadata=SHARE)  # share of the painted crops of which only boxes stay
@@ -60,7 +60,7 @@ class ModelsGenesisTrainer(SSLTrainer):
 def spoil(image: np.ndarray, rng: np.random.Generator, chances: ModelsGenesisTrainer.Config) -> np.ndarray:
     """The corrupted version of a crop (C, z, y, x); the crop itself where chance leaves it alone."""
     if rng.random() < chances.shuffle:
-        image = shuffle(image, rng, chances.windows, (1, np.array(image.shape[1:]) // 10))
+        image = shuffle(image, rng, chances.windows, (1, np.maximum(2, np.array(image.shape[1:]) // 10)))
     if rng.random() < chances.bezier:
         image = bezier(image, rng)
     if rng.random() < chances.paint:
