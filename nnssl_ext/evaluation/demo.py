@@ -27,7 +27,8 @@ from nnssl_ext.trainers.run_page import health
 from nnssl_ext.trainers.sinks import read_metrics
 
 FINETUNE = {EPOCHS_VARIABLE: "15", ITERATIONS_VARIABLE: "40"}
-PRETRAIN = ("epochs=10", "iterations=15")
+AGREEING = ("momentum=0.96,0.999", "global_share=0.5,1", "local_share=0.1,0.4")  # a fast teacher and views that agree more: the run is short
+PRETRAIN = ("epochs=10", "iterations=15", *AGREEING)
 TRAINER = "nnsslPrimusTrainer_short"
 _PROGRESS = re.compile(r"\d+%\|")  # a state of a progress bar, of no use in a log
 FOLDERS = ("nnssl_raw", "nnssl_preprocessed", "nnssl_results", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

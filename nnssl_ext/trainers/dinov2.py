@@ -47,6 +47,8 @@ class DINOv2Trainer(SSLTrainer):
     class Config(SSLTrainer.Config):
         preset: str = "auto"  # "small", "default", "large": of what is None below; "auto" = by distinct crops and volumes per step
         locals: int | None = None  # local crops per volume; None = 8, 4 where memory is below 12 GB
+        global_share: tuple[float, ...] = (0.25, 1.0)  # of the sampling box that a global crop shows, by volume
+        local_share: tuple[float, ...] = (0.03, 0.25)
         prototypes: int | None = field(default=None, metadata=AT_LEAST_ONE)  # of each head
         hidden: int | None = field(default=None, metadata=AT_LEAST_ONE)  # width of the heads; None = 2048, at most six times the encoder's
         bottleneck: int | None = field(default=None, metadata=AT_LEAST_ONE)  # where prototypes are; None = 256, at most the encoder's width
@@ -86,9 +88,9 @@ class DINOv2Trainer(SSLTrainer):
         self.gram_step = round(config.gram_start * config.epochs) * config.iterations
 
     def views(self) -> ViewSpec:
-        patch, token = self.config_plan.patch_size, self.network_plan.kwargs["patch_embed_size"]
-        crops = MultiCrop(patch, local_crop(patch, token), self.settings.locals, intensity=DINO)
-        return MaskedMultiCrop(crops, tuple(token), self.config.mask_probability, self.config.mask_ratio)
+        config, patch, token = self.config, self.config_plan.patch_size, self.network_plan.kwargs["patch_embed_size"]
+        crops = MultiCrop(patch, local_crop(patch, token), self.settings.locals, config.global_share, config.local_share, intensity=DINO)
+        return MaskedMultiCrop(crops, tuple(token), config.mask_probability, config.mask_ratio)
 
     def build(self, backbone: Backbone) -> nn.Module:
         assert isinstance(backbone, PrimusBackbone)

@@ -88,10 +88,12 @@ def settle(config: Any, *, crops: float, volumes: int, width: int, memory_gb: fl
     preset = choose_preset(config.preset, crops, volumes * config.accumulate)
     if config.centring not in ("auto", *CENTRINGS):
         raise UserError(f"unknown centring '{config.centring}'", "option -o centring", did_you_mean(config.centring, ("auto", *CENTRINGS)))
-    for name in ("teacher_temperature", "momentum", "mask_ratio"):
+    for name in ("teacher_temperature", "momentum", "mask_ratio", "global_share", "local_share"):
         pair = getattr(config, name)
         if len(pair) != 2 and (pair or name != "teacher_temperature"):
             raise UserError(f"{name} needs two numbers", f"option -o {name}", f"write for example -o {name}=0.3,0.6")
+        if name.endswith("share") and not 0 < pair[0] <= pair[1] <= 1:
+            raise UserError(f"{name} {pair[0]:g},{pair[1]:g} is not a range of shares", f"option -o {name}", "the first must be above 0, the last at most 1")
     return Settings(
         crops=crops,
         volumes=volumes,

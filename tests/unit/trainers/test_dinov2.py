@@ -171,12 +171,27 @@ def test_sizes_follow_memory_width_and_batch():
 
 
 @pytest.mark.parametrize(
-    "options", [{"preset": "smal"}, {"centring": "center"}, {"momentum": (0.9,)}, {"mask_ratio": (0.1, 0.2, 0.3)}, {"teacher_temperature": (0.04,)}], ids=str
+    "options",
+    [
+        {"preset": "smal"},
+        {"centring": "center"},
+        {"momentum": (0.9,)},
+        {"mask_ratio": (0.1, 0.2, 0.3)},
+        {"teacher_temperature": (0.04,)},
+        {"global_share": (0.5, 1.2)},
+        {"local_share": (0.3, 0.1)},
+    ],
+    ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(options, tmp_path):
     with pytest.raises(UserError) as error:
         make(tmp_path, **options)
     assert next(iter(options)) in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_the_share_of_the_sampling_box_that_crops_show_can_be_chosen(tmp_path):
+    crops = make(tmp_path, global_share=(0.5, 0.9), local_share=(0.1, 0.4)).views().crops
+    assert (crops.global_share, crops.local_share) == ((0.5, 0.9), (0.1, 0.4))
 
 
 def test_unnormalised_input_is_refused_before_the_first_step(tmp_path):
