@@ -161,4 +161,7 @@ def _slices(start: np.ndarray, size: np.ndarray) -> tuple[slice, ...]:
 def _noise(shape: Sequence[int], limits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Uniform within the range of each channel."""
     low, high = limits[:, :, None, None, None]
-    return rng.random(shape, np.float32) * (high - low) + low  # type: ignore[no-any-return]
+    noise = rng.random(shape, np.float32)
+    noise *= high - low
+    noise += low
+    return noise
