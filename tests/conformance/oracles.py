@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,60 @@ def sim_mim(trainer: SSLTrainer, batch: Batch) -> Losses:
             error = prediction[sample, channel, z, y, x] - view.image[sample, channel, z, y, x]
             terms.append(error if error > 0 else -error)
     return {"total": _mean(terms)}
+
+
+def swin_unetr(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Of both versions: absolute error to the clean crop that is turned as the affine says, -log of the share of the right turn, contrast of the pairs."""
+    clean, count = batch["target"].image, len(batch["target"].image)
+    p, q = (axis + 1 for axis in trainer.turning.plane)
+    errors, told, vectors = [], [], []
+    for name in ("image_0", "image_1"):
+        seen = batch[name].image.clone()
+        for i, *place in batch[name].mask.nonzero().tolist():
+            seen[(i, slice(None), *place)] = clean[(i + 1 if i % 2 == 0 and i + 1 < count else i - 1, slice(None), *place)]
+        restored, logits, contrasted = trainer.model(seen)
+        vectors.append(contrasted)
+        for i in range(count):
+            between = torch.linalg.inv(batch["target"].affine[i, :, :3]) @ batch[name].affine[i, :, :3]
+            candidates = [torch.tensor(np.linalg.matrix_power(_quarter(trainer.turning.plane), k)) for k in range(4)]
+            (times,) = [k for k, candidate in enumerate(candidates) if torch.allclose(candidate, between)]
+            target = clean[i]
+            for _ in range(times):
+                target = target.transpose(p, q).flip(p)
+            errors += [(restored[i][place] - target[place]).abs() for place in product(*map(range, target.shape))]
+            told.append(-(logits[i, times].exp() / _sum([value.exp() for value in logits[i]])).log())
+    contrast = _contrast(*vectors, 0.5, [trainer.store.subject(case) for case in batch["target"].cases])
+    error, turn = _mean(errors), _mean(told)
+    return {"total": error + turn + contrast, "reconstruction": error, "rotation": turn, "contrast": contrast}
+
+
+def _quarter(plane: tuple[int, int]) -> np.ndarray:
+    """Where a voxel of a volume that is turned once comes from, about the middle."""
+    matrix = np.eye(3)
+    matrix[plane[0], plane[0]] = matrix[plane[1], plane[1]] = 0
+    matrix[plane[0], plane[1]], matrix[plane[1], plane[0]] = 1, -1
+    return matrix
+
+
+def volume_fusion(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Cross-entropy and Dice of the fused volumes, voxel by voxel."""
+    foreground, background, label = (batch[name].image for name in ("foreground", "background", "label"))
+    fused, count = background.clone(), trainer.config.classes
+    places = list(product(*map(range, label.shape[2:])))
+    for b, (z, y, x) in product(range(len(label)), places):
+        weight = float(label[b, 0, z, y, x]) / (count - 1)
+        fused[b, :, z, y, x] = weight * foreground[b, :, z, y, x] + (1 - weight) * background[b, :, z, y, x]
+    logits, logs, dices = trainer.model(fused), [], []
+    for b in range(len(label)):
+        shares, classes = [], [int(label[b, 0, z, y, x]) for z, y, x in places]
+        for (z, y, x), k in zip(places, classes):
+            powers = logits[b, :, z, y, x].exp()
+            shares.append(powers / powers.sum())
+            logs.append(shares[-1][k].log())
+        for k in sorted(set(classes)):
+            hit = _sum([share[k] for share, true in zip(shares, classes) if true == k])
+            dices.append(2 * hit / (_sum([share[k] for share in shares]) + classes.count(k)))
+    return {"total": -_mean(logs) + 1 - _mean(dices)}
 
 
 def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
@@ -179,9 +234,11 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
     "SimMIMTrainer": sim_mim,
+    "VolumeFusionTrainer": volume_fusion,
     "SparkMAETrainer": mae,
     "ModelsGenesisTrainer": models_genesis,
     "ReconContrastTrainer": recon_contrast,
+    "SwinUNETRPretrainTrainer": swin_unetr,
     "DINOv2Trainer": dinov2,
     "DINOv2HighResTrainer": dinov2,
     "ToyEMATrainer": toy_ema,

@@ -11,7 +11,8 @@ from tests.make_data import TINY_SHAPE, ArrayStore
 
 CORRUPTED = {  # views with changed intensities, by method
     "ModelsGenesisTrainer": {"image"},
-    "ReconContrastTrainer": {"image_0", "image_1"},
+    "VolumeFusionTrainer": {"label"},
+    **{name: {"image_0", "image_1"} for name in ("ReconContrastTrainer", "SwinUNETRPretrainTrainer")},
     **{name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")},
 }
 TOLERANCE = 1e-3  # voxels
