@@ -119,6 +119,8 @@ class StepDataset(Dataset[Batch]):
             self._check(case)
         specs = of_batch(self.spec, self.ranks * self.batch_size, sample_rng(self.seed, step, f"{self.stream} batch"))[self.rank * self.batch_size :]
         samples = [spec.sample(self.store, case, sample_rng(self.seed, n, self.stream)) for spec, case, n in zip(specs, cases, numbers)]
+        for case in {view.case for sample in samples for view in sample.values() if view.case is not None}:
+            self._check(case)
         return {name: _collate([sample[name] for sample in samples], cases, self.on_device) for name in samples[0]}
 
     def _check(self, case: int) -> None:
@@ -153,6 +155,7 @@ def _collate(views: Sequence[View], cases: tuple[int, ...], on_device: bool) -> 
     mask = torch.stack(masks) if masks else None
     hidden = None if mask is None else mask.flatten().nonzero().flatten()
     affine = torch.from_numpy(np.stack([view.affine for view in views]))
+    cases = tuple(case if view.case is None else view.case for view, case in zip(views, cases))
     return ViewBatch(image, mask, cases, affine, steps if on_device and any(steps) else (), hidden)
 
 

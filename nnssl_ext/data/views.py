@@ -27,12 +27,14 @@ class View:
         affine: (3, 4) float64; voxel of the stored case = affine @ (z, y, x, 1) of the view, see `spatial`.
         mask: bool grid (d, h, w), True = hidden; None when nothing is hidden.
         intensity: augmentation that is drawn but not yet applied, see `augment`.
+        case: index in the store of the case it was read from; None = the one that was asked for.
     """
 
     image: np.ndarray
     affine: np.ndarray
     mask: np.ndarray | None = None
     intensity: tuple[Step, ...] = ()
+    case: int | None = None
 
 
 class ViewSpec(Protocol):

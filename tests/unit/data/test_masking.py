@@ -47,6 +47,14 @@ def test_a_masked_crop_is_a_pure_function_of_seed_and_index():
     assert not np.array_equal(first.image, other.image)
 
 
+def test_a_mask_of_finer_cells_hides_whole_blocks_also_where_the_last_one_is_cut():
+    store, crop = ArrayStore(), Crop((16, 24, 20))
+    coarse, fine = (MaskedCrop(crop, (8, 8, 12), 0.5, cell).sample(store, 0, sample_rng(5, 7))["image"] for cell in (None, (4, 2, 4)))
+    assert np.array_equal(coarse.image, fine.image) and coarse.mask.shape == (2, 3, 2) and fine.mask.shape == (4, 12, 5)
+    for z, y, x in np.ndindex(fine.mask.shape):
+        assert fine.mask[z, y, x] == coarse.mask[z // 2, y // 4, x // 3]
+
+
 def with_hidden_neighbour(mask: np.ndarray) -> int:
     """Hidden cells one of whose six faces touches another hidden cell."""
     padded, touched = np.pad(mask, 1), np.zeros(mask.shape, bool)

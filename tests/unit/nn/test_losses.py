@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl_ext.nn import assign
-from nnssl_ext.nn.losses import cross_entropy_to, dino_loss, gram_loss, ibot_loss, ibot_weights, koleo, masked_mse
+from nnssl_ext.nn.losses import cross_entropy_to, dino_loss, gram_loss, ibot_loss, ibot_weights, koleo, masked_l1, masked_mse
 
 PRECISIONS = [(torch.float64, 1e-6), (torch.float32, 1e-5)]
 
@@ -43,22 +43,24 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+@pytest.mark.parametrize(("loss", "power"), [(masked_mse, 2), (masked_l1, 1)])
 @pytest.mark.parametrize("channels", [1, 4])
-def test_masked_mse_equals_the_plain_loop(channels):
+def test_masked_errors_equal_the_plain_loop(channels, loss, power):
     prediction, target = torch.randn(2, 2, channels, 3, 4, 5, dtype=torch.float64)
     hidden = torch.rand(2, 1, 3, 4, 5) < 0.6
-    squares = [
-        (prediction[b, c, z, y, x] - target[b, c, z, y, x]) ** 2
+    errors = [
+        abs(prediction[b, c, z, y, x] - target[b, c, z, y, x]) ** power
         for b in range(2) for c in range(channels) for z in range(3) for y in range(4) for x in range(5) if hidden[b, 0, z, y, x]
     ]  # fmt: skip
-    assert masked_mse(prediction, target, hidden).item() == pytest.approx((sum(squares) / len(squares)).item(), rel=1e-12)
+    assert loss(prediction, target, hidden).item() == pytest.approx((sum(errors) / len(errors)).item(), rel=1e-12)
 
 
-def test_visible_outputs_get_no_gradient_even_when_they_are_not_finite():
+@pytest.mark.parametrize("masked", [masked_mse, masked_l1])
+def test_visible_outputs_get_no_gradient_even_when_they_are_not_finite(masked):
     prediction = torch.randn(1, 2, 4, 4, 4)
     hidden = torch.rand(1, 1, 4, 4, 4) < 0.5
     prediction = torch.where(hidden, prediction, torch.nan).requires_grad_()
-    loss = masked_mse(prediction, torch.zeros(1, 2, 4, 4, 4), hidden)
+    loss = masked(prediction, torch.zeros(1, 2, 4, 4, 4), hidden)
     loss.backward()
     assert torch.isfinite(loss)
     assert bool((prediction.grad[~hidden.expand_as(prediction)] == 0).all())

@@ -1,9 +1,12 @@
 """Tokens, voxels and positions."""
 
+from itertools import product
+
+import pytest
 import torch
 from torch import nn
 
-from nnssl_ext.nn.tokens import gather, patchify, resize_positions, split_tokens, unpatchify
+from nnssl_ext.nn.tokens import block_moments, gather, patchify, resize_positions, split_tokens, unpatchify, voxel_mask
 
 
 def test_patchify_and_unpatchify_are_inverse_on_non_cubic_grids():
@@ -44,3 +47,45 @@ def test_resized_positions_of_a_linear_ramp_stay_linear():
 def test_positions_of_the_same_grid_are_returned_unchanged():
     positions = torch.randn(1, 24, 5)
     assert resize_positions(positions, (2, 3, 4), (2, 3, 4)) is positions
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_a_token_of_a_2x3x4_grid_hides_its_own_voxels_and_no_others(number):
+    """Also where depth and width would be exchanged: no voxel of another token is among them."""
+    z, y, x = number // 12, number // 4 % 3, number % 4
+    mask = torch.zeros(1, 24, dtype=torch.bool)
+    mask[0, number] = True
+    expected = torch.zeros(1, 1, 4, 12, 32, dtype=torch.bool)
+    expected[:, :, 2 * z : 2 * z + 2, 4 * y : 4 * y + 4, 8 * x : 8 * x + 8] = True
+    hidden = voxel_mask(mask.reshape(1, 2, 3, 4), (4, 12, 32))
+    assert torch.equal(hidden, expected) and torch.equal(patchify(hidden, (2, 4, 8)).all(2), mask)
+    exchanged = voxel_mask(mask.reshape(1, 4, 3, 2).transpose(1, 3), (4, 12, 32))  # the order (x y z)
+    assert torch.equal(exchanged, expected) == (number in (0, 23))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("shape", "grid"), [((4, 6, 8), (2, 3, 4)), ((5, 7, 3), (3, 2, 1)), ((6, 6, 6), (1, 1, 1))])
+def test_moments_of_blocks_equal_plain_loops_also_where_the_last_block_is_cut(shape, grid, channels):
+    image = torch.randn(2, channels, *shape, dtype=torch.float64) + 5
+    mean, deviation = block_moments(image, grid)
+    edges = [-(-size // cells) for size, cells in zip(shape, grid)]
+    for b, c, *place in product(range(2), range(channels), *map(range, shape)):
+        block = tuple(slice(p // e * e, p // e * e + e) for p, e in zip(place, edges))
+        values = image[(b, c, *block)].flatten().tolist()
+        middle = sum(values) / len(values)
+        variance = sum((value - middle) ** 2 for value in values) / len(values)
+        assert mean[(b, c, *place)].item() == pytest.approx(middle, rel=1e-9)
+        assert deviation[(b, c, *place)].item() == pytest.approx((variance + 1e-6) ** 0.5, rel=1e-9)
+
+
+def test_a_constant_block_is_normalised_to_zeros_up_to_its_rounding():
+    image = torch.full((1, 1, 48, 48, 48), -3.7)
+    mean, deviation = block_moments(image, (3, 3, 3))
+    assert bool((((image - mean) / deviation).abs() < 0.01).all())
+
+
+def test_moments_of_half_precision_are_in_single_precision():
+    image = torch.full((1, 1, 4, 4, 4), 300.0, dtype=torch.float16)
+    image[..., 0] = 100.0
+    mean, deviation = block_moments(image, (1, 1, 1))
+    assert mean.dtype == torch.float32 and mean.max().item() == 250.0 and deviation.max().item() == pytest.approx(7500**0.5)

@@ -1,0 +1,66 @@
+"""Losses of segmentations against plain loops and against PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnssl_ext.nn.segmentation_losses import dice_ce
+
+
+def plain(logits, target):
+    """Voxel by voxel."""
+    (count, classes), logs, dices = logits.shape[:2], [], []
+    for b in range(count):
+        scores, truth = logits[b].flatten(1).T, target[b].flatten().tolist()
+        shares = [[torch.exp(s) / sum(torch.exp(t) for t in row) for s in row] for row in scores]
+        logs += [torch.log(share[k]) for share, k in zip(shares, truth)]
+        for k in range(classes):
+            if k in truth:
+                hit, said = sum(share[k] for share, t in zip(shares, truth) if t == k), sum(share[k] for share in shares)
+                dices.append(2 * hit / (said + truth.count(k)))
+    return -sum(logs) / len(logs) + 1 - sum(dices) / len(dices)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_loss_and_gradient_equal_plain_loops_also_where_classes_are_missing(kind, tolerance):
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 4, 2, 3, 4, dtype=torch.float64), torch.randint(0, 4, (3, 2, 3, 4))
+    target[1], target[2] = 2, target[2].clamp(1, 2)
+    mine, theirs = logits.to(kind, copy=True).requires_grad_(), logits.clone().requires_grad_()
+    found, expected = dice_ce(mine, target), plain(theirs, target)
+    found.backward()
+    expected.backward()
+    assert found.dtype == kind and found.item() == pytest.approx(expected.item(), rel=tolerance)
+    torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_cross_entropy_is_pytorchs():
+    logits, target = torch.randn(2, 5, 4, 4, 4, dtype=torch.float64), torch.randint(0, 5, (2, 4, 4, 4))
+    p, dices = logits.softmax(1), []
+    for b in range(2):
+        for k in range(5):
+            dices.append(2 * p[b, k][target[b] == k].sum() / (p[b, k].sum() + (target[b] == k).sum()))
+    dice = 1 - torch.stack(dices).mean()
+    assert (dice_ce(logits, target) - dice).item() == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
+
+
+def test_a_sure_and_right_answer_costs_nothing_and_a_wrong_one_is_finite():
+    target = torch.randint(0, 3, (1, 4, 4, 4))
+    right = 200.0 * F.one_hot(target, 3).movedim(-1, 1)
+    assert dice_ce(right, target).item() == pytest.approx(0, abs=1e-6)
+    wrong = right.roll(1, 1).requires_grad_()
+    loss = dice_ce(wrong, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(201, rel=1e-3) and bool(wrong.grad.isfinite().all())
+
+
+def test_half_precision_is_summed_in_single_precision():
+    logits, target = torch.zeros(1, 2, 64, 64, 64, dtype=torch.float16), torch.zeros(1, 64, 64, 64, dtype=torch.long)
+    loss = dice_ce(logits, target)  # 262144 voxels: more than half precision counts to
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(torch.tensor(2.0).log().item() + 1 - 2 / 3, rel=1e-5)
+
+
+def test_no_sample_depends_on_another():
+    logits, target = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64), torch.randint(0, 3, (2, 4, 4, 4))
+    apart = [dice_ce(logits[i : i + 1], target[i : i + 1]).item() for i in range(2)]
+    assert dice_ce(logits, target).item() == pytest.approx(sum(apart) / 2, rel=1e-12)
