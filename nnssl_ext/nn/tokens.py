@@ -63,8 +63,13 @@ def block_moments(image_BCZYX: Tensor, grid: Sequence[int]) -> tuple[Tensor, Ten
     """
     image, shape = wide(image_BCZYX), image_BCZYX.shape[2:]
     edges = [-(-size // cells) for size, cells in zip(shape, grid)]
-    mean = enlarge(F.avg_pool3d(image, edges, ceil_mode=True), shape)
-    variance = enlarge(F.avg_pool3d((image - mean).square(), edges, ceil_mode=True), shape)
+
+    def averaged(x: Tensor) -> Tensor:
+        return enlarge(F.avg_pool3d(x, edges, ceil_mode=True), shape)
+
+    mean = averaged(image)
+    mean = mean + averaged(image - mean)  # a sum of thousands of voxels is off by more than the deviation that a constant block gets
+    variance = averaged((image - mean).square())
     return mean, (variance + _VARIANCE).sqrt()
 
 

@@ -10,18 +10,18 @@ from torch import nn
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.masking import block_grid
 from nnssl_ext.nn.losses import masked_mse
-from nnssl_ext.nn.tokens import voxel_mask
+from nnssl_ext.nn.tokens import block_moments, voxel_mask
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.make_data import ArrayStore, make_plan
 
 FAMILIES, CHANNELS, PATCHES = ["resenc", "primus"], [1, 4], [(32, 32, 32), (16, 32, 48)]
 
 
-def make(family, channels, patch, tmp_path):
+def make(family, channels, patch, tmp_path, **options):
     plan = make_plan(channels=channels)
     config = dataclasses.replace(plan.configurations["3d_fullres"], patch_size=patch)
     plan = dataclasses.replace(plan, configurations={"3d_fullres": config})
-    trainer = MAETrainer(plan, "3d_fullres", MAETrainer.Config(batch_size=2), ArrayStore(channels=channels), tmp_path, family=family)
+    trainer = MAETrainer(plan, "3d_fullres", MAETrainer.Config(batch_size=2, **options), ArrayStore(channels=channels), tmp_path, family=family)
     trainer.initialize()
     trainer.model.eval()
     view = trainer._dataset(trainer.train_cases, "train")[0]["image"]
@@ -60,6 +60,69 @@ def test_predicting_zero_costs_the_mean_square_of_the_hidden_voxels(case):
     hidden = voxel_mask(view.mask, view.image.shape[2:]).expand_as(view.image)
     expected = view.image[hidden].double().square().mean().item()
     assert trainer.step(trainer.model, {"image": view})["total"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_has_no_gradient_on_visible_outputs(family, tmp_path):
+    trainer, view = make(family, 4, (16, 32, 48), tmp_path)
+    hidden = voxel_mask(view.mask, view.image.shape[2:]).expand_as(view.image)
+    head, outputs = trainer.model.head, []
+    head.register_forward_hook(lambda module, inputs, output: outputs.append(output) or output.retain_grad())
+    trainer.step(trainer.model, {"image": view})["total"].backward()
+    (gradient,) = (output.grad for output in outputs)
+    if family == "resenc":
+        assert bool((gradient[~hidden] == 0).all()) and bool((gradient[hidden] != 0).all())
+    else:  # nothing visible is predicted at all
+        assert gradient.shape[1] == int(view.mask[0].sum()) and bool((gradient != 0).all())
+
+
+def normalised(view, blocks):
+    """Target and hidden voxels, block by block and channel by channel, in fp64."""
+    image, target, hidden = view.image.double(), torch.full_like(view.image, torch.nan).double(), torch.zeros_like(view.image, dtype=torch.bool)
+    for b, c, z, y, x in np.ndindex(*image.shape[:2], *view.mask.shape[1:]):
+        block = (b, c, *(slice(p * e, (p + 1) * e) for p, e in zip((z, y, x), blocks)))
+        values = image[block]
+        target[block] = (values - values.mean()) / (values.var(correction=0) + 1e-6).sqrt()
+        hidden[block] = view.mask[b, z, y, x]
+    return target, hidden
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_normalised_targets_are_those_of_plain_loops_and_hidden_voxels_stay_without_influence(family, channels, tmp_path):
+    trainer, view = make(family, channels, (16, 32, 48), tmp_path, normalise=True)
+    target, hidden = normalised(view, trainer.views().block)
+    prediction = trainer.model.reconstruct(view.image, view.mask)
+    loss = (prediction.double() - target)[hidden].square().mean()
+    assert trainer.step(trainer.model, {"image": view})["total"].item() == pytest.approx(loss.item(), rel=1e-4)
+    changed = torch.where(hidden, 1e3 * torch.randn_like(view.image), view.image)
+    assert torch.equal(trainer.model.reconstruct(changed, view.mask), prediction)
+    for parameter in (trainer.model.head.weight, trainer.model.head.bias):
+        nn.init.zeros_(parameter)
+    assert trainer.step(trainer.model, {"image": view})["total"].item() == pytest.approx(target[hidden].square().mean().item(), rel=1e-4)
+    assert target[hidden].square().mean().item() == pytest.approx(1, rel=1e-2)
+
+
+def test_a_normalised_loss_does_not_see_brightness_and_contrast_of_a_block(tmp_path):
+    trainer, view = make("primus", 1, (16, 32, 48), tmp_path, normalise=True)
+    hidden = voxel_mask(view.mask, view.image.shape[2:])
+    other = dataclasses.replace(view, image=torch.where(hidden, 3 * view.image - 2, view.image))
+    first, second = (trainer.step(trainer.model, {"image": v})["total"].item() for v in (view, other))
+    assert first == pytest.approx(second, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_normalised_predictions_are_on_the_scale_of_the_crop_and_say_what_they_were_given(family, tmp_path):
+    trainer, view = make(family, 1, (16, 32, 48), tmp_path, normalise=True)
+    for parameter in (trainer.model.head.weight, trainer.model.head.bias):
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        (row, _) = trainer.picture({"image": view})
+    (caption,) = set(row) - {"crop", "visible"}
+    assert "given" in caption
+    hidden = voxel_mask(view.mask, (16, 32, 48))[0, 0].numpy()
+    mean, _ = block_moments(view.image, view.mask.shape[1:])
+    assert np.array_equal(row[caption], np.where(hidden, mean[0, 0].numpy(), row["crop"]))  # nothing but the means: what it predicts is zero
 
 
 def test_the_training_loss_is_that_of_the_full_reconstruction(case):
