@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,33 +27,38 @@ from nnssl_ext.trainers.pictures import feature_level
 SIZE, SPACING = 96, 2.0  # voxels per edge, mm
 UNLABELLED, MEMORY, TEST = 200, 24, 16  # volumes for pretraining, of the labelled memory of the probe, and for its test; all of different subjects
 COUNT = UNLABELLED + MEMORY + TEST
-SETTINGS = {"size": SIZE, "spacing": SPACING, "unlabelled": UNLABELLED, "memory": MEMORY, "test": TEST, "modality": "CT"}
 
 
-def make(folder: Path, processes: int = 2) -> None:
-    """Write images.npy (float16, normalised as the CT scheme does), labels.npy and bodies.npy; what is there already is kept."""
+def make(folder: Path, processes: int = 2, size: int = SIZE, spacing: float = SPACING) -> None:
+    """Write images.npy (float16, normalised as the CT scheme does), labels.npy and bodies.npy; what is there already is kept.
+
+    Args:
+        size: voxels per edge.
+        spacing: mm.
+    """
     record = folder / "phantoms.json"
-    if record.is_file() and read_json(record) == SETTINGS:
+    settings = {"size": size, "spacing": spacing, "unlabelled": UNLABELLED, "memory": MEMORY, "test": TEST, "modality": "CT"}
+    if record.is_file() and settings.items() <= read_json(record).items():
         return
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        volumes = list(pool.map(_volume, range(COUNT), chunksize=8))
+        volumes = list(pool.map(partial(_volume, size=size, spacing=spacing), range(COUNT), chunksize=8))
     images, labels, bodies = (np.stack(parts) for parts in zip(*volumes))
     inside = images[:UNLABELLED:8][bodies[:UNLABELLED:8]].astype(np.float64)
     low, high = np.percentile(inside, (0.5, 99.5))
     plan = Normalization("ct", float(inside.mean()), float(inside.std()), float(low), float(high))
     parameters = CT().parameters(images[0], bodies[0], plan)
     normalised = np.stack([CT.apply(image.astype(np.float32), parameters).astype(np.float16) for image in images])
-    cells = SIZE // BODY_CELL
+    cells = size // BODY_CELL
     blocks = bodies.reshape(COUNT, cells, BODY_CELL, cells, BODY_CELL, cells, BODY_CELL)
     for name, array in {"images": normalised, "labels": labels, "bodies": blocks.any((2, 4, 6))}.items():
         with atomic_path(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array)
-    write_json(record, SETTINGS)
+    write_json(record, {**settings, "normalization": asdict(plan)})
 
 
-def _volume(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    phantom = make_phantom(0, index, (SIZE,) * 3, (SPACING,) * 3, "CT")
+def _volume(index: int, size: int, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    phantom = make_phantom(0, index, (size,) * 3, (spacing,) * 3, "CT")
     return phantom.image.astype(np.float16), phantom.labels, phantom.body
 
 
@@ -60,6 +67,7 @@ class PhantomStore:
 
     def __init__(self, folder: Path) -> None:
         self.images, self.bodies = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("images", "bodies"))
+        self.spacing = float(read_json(folder / "phantoms.json")["spacing"])
 
     def __len__(self) -> int:
         return UNLABELLED
@@ -74,7 +82,7 @@ class PhantomStore:
         return [float(self.images[case, 0, 0, 0])]
 
     def geometry(self, case: int) -> Geometry:
-        return Geometry(self.shape(case), (SPACING,) * 3)
+        return Geometry(self.shape(case), (self.spacing,) * 3)
 
     def body(self, case: int) -> np.ndarray:
         return np.asarray(self.bodies[case])

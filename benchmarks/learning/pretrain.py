@@ -1,0 +1,36 @@
+"""Pretraining on the cohort with a method of the suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.data import CONFIGURATION, Data
+from benchmarks.learning.suite import EPOCHS
+from benchmarks.phantoms import PhantomStore
+from nnssl_ext.core.registry import all_classes
+from nnssl_ext.trainers.base import SSLTrainer
+from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
+
+CHECKPOINT = "checkpoint_final.pth"
+
+
+def methods() -> dict[str, type[SSLTrainer]]:
+    """The package's methods by name."""
+    return all_classes(SSLTrainer, "nnssl_ext.trainers")
+
+
+def pretrain(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:
+    """Train as `settings["entry"]` says; leaves checkpoint_final.pth."""
+    entry, data = settings["entry"], Data.beside(folder)
+    cls = methods()[entry["method"]]
+    steps = entry["steps"] // EPOCHS
+    options = {"epochs": EPOCHS, "iterations": steps, "val_iterations": 1, "batch_size": entry["batch"], "workers": 0, "seed": settings["seed"]}
+    config = cls.Config(**{**options, **entry["options"]})
+    plan, store = data.plan(entry["family"], settings["patch"], entry["batch"]), PhantomStore(data.cohort)
+    os.environ[VARIABLE] = "none"
+    cls(plan, CONFIGURATION, config, store, folder, family=entry["family"]).fit()  # type: ignore[arg-type]
+    records = read_metrics(folder / "metrics.jsonl")
+    losses = {name: value for name, value in records[-1].items() if name.startswith(("train/", "val/"))}
+    return {"steps": EPOCHS * steps, "losses": losses, "alarms": [text for record in records for text in record.get("alarms", ())]}

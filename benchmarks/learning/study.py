@@ -1,0 +1,78 @@
+"""The units of a study: baselines of each backbone family, then pretraining, probe and fine-tuning of each method, for each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from inspect import getsourcefile
+from typing import Any
+
+from benchmarks.learning import quality
+from benchmarks.learning.finetune import finetune
+from benchmarks.learning.pretrain import methods, pretrain
+from benchmarks.learning.suite import FINE_TUNING, LABELS, PATCH, Entry
+from benchmarks.learning.units import Unit
+from nnssl_ext.core.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the methods of a backbone family are compared with.
+
+    Args:
+        family: backbone family.
+        intensities: k-NN of the voxels themselves.
+        untrained: k-NN of random weights, by seed.
+        scratch: training from scratch, by seed.
+    """
+
+    family: str
+    intensities: Unit
+    untrained: dict[int, Unit]
+    scratch: dict[int, Unit]
+
+    def chains(self) -> list[list[Unit]]:
+        return [[self.intensities], *([self.untrained[seed], self.scratch[seed]] for seed in self.scratch)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method with its units by seed."""
+
+    entry: Entry
+    pretrained: dict[int, Unit]
+    probed: dict[int, Unit]
+    finetuned: dict[int, Unit]
+
+    def chains(self) -> list[list[Unit]]:
+        return [[self.pretrained[seed], self.probed[seed], self.finetuned[seed]] for seed in self.pretrained]
+
+
+def baseline(family: str, seeds: Sequence[int], digest: str) -> Baseline:
+    """Baselines of a backbone family on data with this hash."""
+    common = {"family": family, "patch": PATCH, "data": digest}
+    return Baseline(
+        family,
+        Unit(f"intensities_{family}", quality.intensities, common),
+        {seed: Unit(f"untrained_{family}_{seed}", quality.untrained, {**common, "seed": seed}) for seed in seeds},
+        {seed: Unit(f"scratch_{family}_{seed}", finetune, _finetuning(family, seed, digest)) for seed in seeds},
+    )
+
+
+def trial(entry: Entry, seeds: Sequence[int], digest: str) -> Trial:
+    """Units of one method on data with this hash; a change of the method's file makes them new ones."""
+    code = sha256_file(str(getsourcefile(methods()[entry.method])))
+    pretrained = {}
+    for seed in seeds:
+        settings = {"entry": asdict(entry), "code": code, "patch": PATCH, "data": digest, "seed": seed}
+        pretrained[seed] = Unit(f"pretrain_{entry.name}_{seed}", pretrain, settings)
+    return Trial(
+        entry,
+        pretrained,
+        {seed: Unit(f"probe_{entry.name}_{seed}", quality.trained, {"data": digest}, unit) for seed, unit in pretrained.items()},
+        {seed: Unit(f"finetune_{entry.name}_{seed}", finetune, _finetuning(entry.family, seed, digest), unit) for seed, unit in pretrained.items()},
+    )
+
+
+def _finetuning(family: str, seed: int, digest: str) -> dict[str, Any]:
+    return {"family": family, "patch": PATCH, "data": digest, "labels": LABELS, "training": asdict(FINE_TUNING[family]), "seed": seed}

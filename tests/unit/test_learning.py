@@ -1,0 +1,179 @@
+"""The learning suite: what is finished is kept, tables count what the records say."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import phantoms
+from benchmarks.learning import __main__ as program
+from benchmarks.learning import data as data_module
+from benchmarks.learning import study, units
+from benchmarks.learning.data import Data
+from benchmarks.learning.finetune import dice, seed_all
+from benchmarks.learning.pretrain import methods
+from benchmarks.learning.report import rows, table
+from benchmarks.learning.study import Baseline, Trial
+from benchmarks.learning.suite import FINE_TUNING, SUITE, Entry
+from benchmarks.learning.units import RECORD, Unit, finish, finish_all
+from nnssl_ext.core.files import write_json
+from nnssl_ext.nn.backbones.base import check_support, families
+from tests.toy_units import double
+
+
+def chain(number, name="toy"):
+    first = Unit(f"{name}_first", double, {"number": number})
+    return [first, Unit(f"{name}_second", double, {}, first)]
+
+
+def calls(out):
+    file = out / "calls.txt"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def test_the_name_of_a_unit_depends_on_everything_that_its_result_depends_on(monkeypatch):
+    unit = chain(1)[1]
+    digests = {unit.digest, chain(2)[1].digest, dataclasses.replace(unit, settings={"x": 1}).digest, dataclasses.replace(unit, needs=None).digest}
+    digests.add(dataclasses.replace(unit, work=calls).digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "THREADS", 2)
+        digests.add(unit.digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "version", lambda name: "0.0.0")
+        digests.add(unit.digest)
+    assert len(digests) == 7
+    assert unit.digest == chain(1)[1].digest and chain(1, "other")[1].digest == unit.digest
+
+
+def test_what_is_finished_is_not_computed_again(tmp_path):
+    unit = chain(3)[1]
+    record = finish(unit, tmp_path)
+    assert record["result"]["number"] == 12 and record["identity"] == unit.identity and len(calls(tmp_path)) == 2
+    assert finish(unit, tmp_path) == record == finish(chain(3)[1], tmp_path) and len(calls(tmp_path)) == 2
+
+
+def test_an_interrupted_unit_begins_anew_and_alone(tmp_path):
+    unit = chain(3)[1]
+    finish(unit, tmp_path)
+    (unit.folder(tmp_path) / RECORD).unlink()
+    (unit.folder(tmp_path) / "half.txt").write_text("what an interruption left")
+    assert finish(unit, tmp_path)["result"]["number"] == 12 and len(calls(tmp_path)) == 3
+    assert not (unit.folder(tmp_path) / "half.txt").exists()
+
+
+def test_two_lanes_give_the_records_of_one_and_threads_are_one(tmp_path):
+    chains = [chain(number, f"toy{number}") for number in range(4)]
+    results = []
+    for lanes in (1, 2):
+        out = tmp_path / str(lanes)
+        assert finish_all(chains, out, lanes, say=lambda text: None) == []
+        results.append([unit.record(out)["result"] for units_ in chains for unit in units_])
+        assert len(calls(out)) == 8 and finish_all(chains, out, lanes, say=lambda text: None) == [] and len(calls(out)) == 8
+    assert results[0] == results[1] == [{"number": factor * number, "threads": 1} for number in range(4) for factor in (2, 4)]
+
+
+def test_a_chain_that_fails_is_reported_and_the_others_are_finished(tmp_path):
+    (error,) = finish_all([chain(-1, "bad"), chain(1, "good")], tmp_path, 1, say=lambda text: None)
+    assert "bad_first" in error and "negative" in error and chain(1)[1].digest in {path.name.rsplit("_", 1)[1] for path in (tmp_path / "units").glob("*")}
+    (log,) = (tmp_path / "units").glob("*/error.txt")
+    assert "ValueError" in log.read_text() and not (log.parent / RECORD).exists()
+
+
+def put(out, unit, **result):
+    write_json(unit.folder(out) / RECORD, {"name": unit.name, "identity": {}, "result": result, "seconds": 9.0, "cpu_seconds": 7.0})
+
+
+def made(out, seeds=(0, 1)):
+    """A baseline and a method with records of all `seeds`; those of a third seed are missing."""
+    by_seed = lambda name, needs=None: {s: Unit(f"{name}_{s}", double, {"name": name, "seed": s}, needs and needs[s]) for s in (*seeds, 2)}  # noqa: E731
+    base = Baseline("resenc", Unit("raw", double, {"name": "raw"}), by_seed("untrained"), by_seed("scratch"))
+    first = by_seed("pretrain")
+    trial = Trial(Entry("MAETrainer", "resenc", 30, 2), first, by_seed("probe", first), by_seed("finetune", first))
+    put(out, base.intensities, knn_dice=0.25)
+    for seed in seeds:
+        put(out, base.untrained[seed], knn_dice=0.2 + 0.02 * seed)
+        put(out, base.scratch[seed], dice=0.5 + 0.1 * seed, cases={"a": 0.5, "b": 0.5 + 0.2 * seed})
+        put(out, trial.pretrained[seed], steps=30, losses={}, alarms=[])
+        put(out, trial.probed[seed], knn_dice=0.3)
+        put(out, trial.finetuned[seed], dice=0.7 - 0.2 * seed, cases={"a": 0.7, "b": 0.7})
+    return base, trial
+
+
+def test_gains_are_differences_of_the_same_seed_and_each_seed_is_shown(tmp_path):
+    base, trial = made(tmp_path)
+    found = rows([base], [trial], tmp_path)
+    assert [row["method"] for row in found] == ["raw intensities", "from scratch", "MAETrainer"]
+    assert found[2]["dice_gain"] == pytest.approx({"0": 0.2, "1": -0.1}) and found[2]["knn_gain"] == pytest.approx({"0": 0.1, "1": 0.08})
+    assert found[1]["cases"]["1"] == {"a": 0.5, "b": 0.7} and json.dumps(found)
+    lines = table(found).splitlines()
+    assert lines[2] == "| raw intensities | resenc | - | - | 0.250 | - | - | - | - |"
+    assert lines[3] == "| from scratch | resenc | - | - | 0.210 (0.200, 0.220) | - | 0.550 (0.500, 0.600) | - | 7 |"
+    assert lines[4] == "| MAETrainer | resenc | 30 | 7 | 0.300 (0.300, 0.300) | +0.090 (+0.100, +0.080) | 0.600 (0.700, 0.500) | +0.050 (+0.200, -0.100) | 7 |"
+
+
+def test_a_table_can_be_made_before_anything_is_finished(tmp_path):
+    base, trial = made(tmp_path / "elsewhere")
+    assert table(rows([base], [trial], tmp_path)).splitlines()[-1] == "| MAETrainer | resenc | - | - | - | - | - | - | - |"
+
+
+def test_dice_counts_the_organs_of_the_reference():
+    known = np.array([0, 1, 1, 2, 2, 2])
+    assert dice(np.array([0, 1, 0, 2, 2, 3]), known) == pytest.approx({"lungs": 2 / 3, "liver": 4 / 5})
+    assert dice(np.zeros(6, int), known) == {"lungs": 0.0, "liver": 0.0}
+
+
+def test_a_seed_sets_every_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        seed_all(seed)
+        drawn.append((float(torch.rand(1)), float(np.random.rand())))  # noqa: NPY002
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_every_entry_is_a_method_that_its_backbone_family_can_take():
+    known = methods()
+    for entry in SUITE:
+        cls = known[entry.method]
+        check_support(families()[entry.family], cls.needs, entry.name)
+        cls.Config(**entry.options)
+        assert entry.family in FINE_TUNING
+    assert len({entry.name for entry in SUITE}) == len(SUITE)
+
+
+def test_an_unknown_method_is_named(tmp_path, capsys):
+    assert program.main(["--out", str(tmp_path), "--methods", "MAETrainr"]) == 2
+    assert "did you mean 'MAETrainer'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.nnunet
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_a_tiny_study_is_paired_and_reproducible(tmp_path, monkeypatch, family):
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    for name, count in {"UNLABELLED": 6, "MEMORY": 2, "TEST": 2, "COUNT": 10}.items():
+        monkeypatch.setattr(phantoms, name, count)
+    for name, count in {"SIZE": 32, "SPACING": 6.0, "LABELLED": 3, "TEST": 2}.items():
+        monkeypatch.setattr(data_module, name, count)
+    monkeypatch.setattr(study, "PATCH", 16)
+    short = dataclasses.replace(FINE_TUNING[family], epochs=1, iterations=2, batch=2)
+    monkeypatch.setitem(FINE_TUNING, family, short)
+    data = Data(tmp_path)
+    data.prepare(1)
+    digest = data.digest()
+    data.prepare(1)
+    assert data.digest() == digest
+    base, trial = study.baseline(family, [0], digest), study.trial(Entry("MAETrainer", family, 5, 2), [0], digest)
+    first = {unit.name: finish(unit, tmp_path)["result"] for chain in (*base.chains(), *trial.chains()) for unit in chain}
+    scratch, tuned = first[f"scratch_{family}_0"], first[f"finetune_MAETrainer_{family}_0"]
+    assert len(scratch["cases"]) == 2 and all(0 <= value <= 1 for value in scratch["cases"].values())
+    assert scratch["losses"] != tuned["losses"]
+    assert first[f"pretrain_MAETrainer_{family}_0"]["steps"] == 5
+    assert 0 < first[f"probe_MAETrainer_{family}_0"]["knn_dice"] < 1
+    for unit in (base.scratch[0], trial.finetuned[0], trial.pretrained[0]):
+        (unit.folder(tmp_path) / RECORD).unlink()
+    again = {unit.name: finish(unit, tmp_path)["result"] for unit in (base.scratch[0], trial.finetuned[0])}
+    assert all(again[name] == first[name] for name in again)
+    assert "| MAETrainer |" in table(rows([base], [trial], tmp_path))
