@@ -62,12 +62,12 @@ TINY: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def tiny_plan(channels: int = 1) -> Plan:
-    """A plan whose only configuration, 3d_fullres, has 16^3 patches and networks that train in milliseconds; a family without an entry in TINY is left out."""
+def tiny_plan(channels: int = 1, patch: tuple[int, int, int] = (16, 16, 16)) -> Plan:
+    """A plan whose only configuration, 3d_fullres, has small patches and networks that train in milliseconds; a family without an entry in TINY is left out."""
     plan = make_plan(channels=channels, shapes=(TINY_SHAPE,) * 8)
     made = plan.configuration("3d_fullres")
     networks = {family: _tiny(network, TINY[family]) for family, network in made.networks.items() if family in TINY}
-    config = dataclasses.replace(made, patch_size=(16, 16, 16), networks=networks)
+    config = dataclasses.replace(made, patch_size=patch, networks=networks)
     return dataclasses.replace(plan, configurations={"3d_fullres": config})
 
 

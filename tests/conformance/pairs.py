@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_ext.core.registry import PLUGIN_VARIABLE, all_classes
 from nnssl_ext.data.loader import Batch
-from nnssl_ext.nn.backbones.base import families
+from nnssl_ext.nn.backbones.base import Backbone, families
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.initial import Initial
 from tests.make_data import TINY, tiny_plan, tiny_store
@@ -51,19 +52,23 @@ class Pair:
     def supported(self) -> bool:
         return any(need <= families()[self.family].supports for need in self.cls.needs)
 
-    def trainer(self, folder: Path, *, float64: bool = False, channels: int = 1, store: Any = None, **options: Any) -> SSLTrainer:
+    def trainer(
+        self, folder: Path, *, float64: bool = False, channels: int = 1, patch: tuple[int, int, int] = (16, 16, 16), store: Any = None, **options: Any
+    ) -> SSLTrainer:
         """A run of STEPS steps in four epochs, on tiny volumes.
 
         Args:
             folder: of its results.
             float64: the whole model and its input in fp64.
             channels: of every case.
+            patch: voxels of a crop.
             store: the cases; None = `tiny_store`.
             options: hyper-parameters that differ.
         """
         small = {"epochs": 4, "iterations": STEPS // 4, "val_iterations": 1, "batch_size": 2, "workers": 0, **OPTIONS.get(self.method, {}), **options}
         cls = in_float64(self.cls) if float64 else self.cls
-        trainer: SSLTrainer = cls(tiny_plan(channels), "3d_fullres", cls.Config(**small), store or tiny_store(channels=channels), folder, family=self.family)
+        plan, cases = tiny_plan(channels, patch), store or tiny_store(channels=channels)
+        trainer: SSLTrainer = cls(plan, "3d_fullres", cls.Config(**small), cases, folder, family=self.family)
         if self.method in EARLIER:
             identity = {"file": "earlier.pth", "sha256": "0" * 64, "method": EARLIER[self.method], "step": 0}
             trainer.init = Initial(identity, untrained(EARLIER[self.method], self.family, channels))
@@ -115,6 +120,28 @@ def in_float64(cls: type[SSLTrainer]) -> type[SSLTrainer]:
 
     Double.__name__ = Double.__qualname__ = cls.__name__
     return Double
+
+
+@contextmanager
+def features_of(backbone: Backbone) -> Iterator[list[Tensor]]:
+    """Everything that a backbone computes meanwhile."""
+    features: list[Tensor] = []
+
+    def keeping(method: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*arguments: Any, **keywords: Any) -> Any:
+            result = method(*arguments, **keywords)
+            features.extend(result if isinstance(result, list) else [result])
+            return result
+
+        return kept
+
+    for name in ("tokens", "pyramid"):
+        setattr(backbone, name, keeping(getattr(backbone, name)))
+    try:
+        yield features
+    finally:
+        for name in ("tokens", "pyramid"):
+            delattr(backbone, name)
 
 
 def first_batch(trainer: SSLTrainer, step: int = 0) -> Batch:

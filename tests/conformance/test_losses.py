@@ -8,7 +8,7 @@ import torch
 
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.conformance.oracles import ORACLES, hidden_voxels
-from tests.conformance.pairs import PAIRS, Pair, first_batch, registered
+from tests.conformance.pairs import PAIRS, Pair, features_of, first_batch, registered
 
 
 def prepared(pair, folder, float64):
@@ -55,24 +55,10 @@ def test_losses_in_fp32_equal_plain_loops(pair, tmp_path):
 
 def encoded(trainer, batch):
     """Everything that the trained backbone computes in a training step."""
-    features = []
-
-    def keeping(method):
-        def kept(*arguments, **keywords):
-            result = method(*arguments, **keywords)
-            features.extend(result if isinstance(result, list) else [result])
-            return result
-
-        return kept
-
     state = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    for name in ("tokens", "pyramid"):
-        setattr(trainer.backbone, name, keeping(getattr(trainer.backbone, name)))
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), features_of(trainer.backbone) as features:
         trainer.step(trainer.model.train(), batch)
-    for name in ("tokens", "pyramid"):
-        delattr(trainer.backbone, name)
     trainer.model.load_state_dict(state)
     return features
 
