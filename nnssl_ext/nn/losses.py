@@ -32,7 +32,7 @@ def masked_mse(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 def masked_l1(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Mean absolute error over the hidden elements only; arguments as of `masked_mse`.
 
-    Source: Xie et al. 2022, arXiv:2111.09886, section 3.5.
+    Source: Xie et al. 2022, arXiv:2111.09886, section 3.4.
     """
     return _hidden_mean(prediction, target, hidden, torch.abs)
 

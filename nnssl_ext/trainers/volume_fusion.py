@@ -26,7 +26,7 @@ class VolumeFusionTrainer(SSLTrainer):
     x = a F + (1 - a) B with a = k / (classes - 1): class k = 0 is the background B, the last class the foreground F. Both are
     training cases, or a validation case as foreground and a training case as background: few datasets hold out two subjects.
 
-    Source: Wang et al. 2023, arXiv:2306.16925, section 3.1.
+    Source: Wang et al. 2023, arXiv:2306.16925.
     """
 
     trains_decoder = True
@@ -37,7 +37,7 @@ class VolumeFusionTrainer(SSLTrainer):
 
     @dataclass(frozen=True)
     class Config(SSLTrainer.Config):
-        classes: int = field(default=5, metadata={"range": (2, math.inf)})  # weights, evenly from 0 to 1 (section 4: K = 4 beside the background)
+        classes: int = field(default=5, metadata={"range": (2, math.inf)})  # weights, evenly from 0 to 1
 
     def views(self) -> ViewSpec:
         subjects = tuple(self.store.subject(case) for case in range(len(self.store)))
