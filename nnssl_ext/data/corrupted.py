@@ -30,4 +30,4 @@ class CorruptedCrop:
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         target = self.crop.sample(store, case, rng)["image"]
         names = [f"image_{i}" for i in range(self.versions)] if self.versions > 1 else ["image"]
-        return {name: replace(target, image=self.corrupt(target.image, rng)) for name in names} | {"target": target}
+        return {"target": target} | {name: replace(target, image=self.corrupt(target.image, rng)) for name in names}
