@@ -17,6 +17,7 @@ from nnssl_ext.preprocessing.store import CaseStore
 _PLANES = ((1, 2), (0, 2), (0, 1))  # about the axes z, y, x
 _EQUAL = 0.01  # share by which two spacings may differ
 _EDGES = (0.05, 0.25)  # of a box, over those of the crop
+_AT_ONCE = 64  # boxes that are drawn together
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ def boxes(shape: Sequence[int], share: float, rng: np.random.Generator) -> np.nd
     chosen = np.zeros(tuple(shape), bool)
     left = share * chosen.size
     while True:
-        edges = rng.integers(low, high, endpoint=True)
+        edges = rng.integers(low, high, (_AT_ONCE, 3), endpoint=True)
         starts = rng.integers(0, np.array(shape) - edges, endpoint=True)
-        box = chosen[tuple(slice(start, start + edge) for start, edge in zip(starts.tolist(), edges.tolist()))]
-        left -= box.size - np.count_nonzero(box)
-        if left < 0:
-            return chosen
-        box[...] = True
+        for (z, y, x), (d, h, w) in zip(starts.tolist(), edges.tolist()):
+            box = chosen[z : z + d, y : y + h, x : x + w]
+            left -= box.size - np.count_nonzero(box)
+            if left < 0:
+                return chosen
+            box[...] = True
 
 
 @dataclass(frozen=True)
