@@ -60,9 +60,19 @@ class _Completion(argparse.Action):
 def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
     """Parse, run `main` and return the exit code.
 
-    0 done, 1 some cases failed, 2 user error, 70 internal error, 130 interrupted from the keyboard.
+    0 done, 1 some cases failed, 2 user error, 70 internal error, 130 interrupted from the keyboard, 141 the reader of the output went away.
     """
-    options = arguments.parse_args(argv)
+    try:
+        try:
+            return _outcome(main, arguments.parse_args(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away (as in `| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _outcome(main: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # between libraries; nothing a user can mend
     try:
         return main(options) or DONE
@@ -74,9 +84,8 @@ def run(arguments: argparse.ArgumentParser, main: Callable[[argparse.Namespace],
     except KeyboardInterrupt:
         print("interrupted; files already written stay valid", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away (as in `| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if options.verbose:
             raise

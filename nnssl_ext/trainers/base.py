@@ -83,10 +83,12 @@ class SSLTrainer:
 
     default_family: ClassVar[str] = "resenc"
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"pyramid"}),)  # the backbone must support one of these sets
-    trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is trained and transferred
+    trains_decoder: ClassVar[bool] = False  # whether the backbone's decoder is trained
+    transfers_decoder: ClassVar[bool] = True  # whether a trained decoder is transferred with the encoder
     recipes: ClassVar[dict[str, Recipe]] = RECIPES  # by backbone family
     citation: ClassVar[str] = ""
     probe: Callable[[Backbone, torch.device], dict[str, float]] | None = None  # quality of frozen features, named figures
+    settings: Any = None  # what the method derived for this run beside its Config, a dataclass
     init: Initial | None = None  # the earlier checkpoint whose weights it starts from
     config: Any  # the method's own Config
     model: Any  # what its `build` returned

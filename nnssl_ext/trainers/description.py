@@ -36,6 +36,7 @@ def describe(trainer: SSLTrainer) -> dict[str, Any]:
         "config": as_plain(trainer.config),
         "overrides": overrides,
         "recipe": dataclasses.asdict(trainer.recipe),
+        "derived": dataclasses.asdict(trainer.settings) if trainer.settings else {},
         "batch_size": trainer.batch_size,
         "processes": trainer.ranks,
         "device": trainer.device.type,

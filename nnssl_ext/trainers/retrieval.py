@@ -23,7 +23,7 @@ def view_retrieval(trainer: SSLTrainer, first: str, second: str) -> dict[str, fl
         first, second: names of two views of equal size.
 
     Returns:
-        "retrieval" in [0, 1]; empty without validation subjects.
+        "retrieval" in [0, 1], of the tokens of all ranks; empty without validation subjects, and where the views have no place in common.
     """
     if not trainer.val_cases:
         return {}
@@ -34,4 +34,6 @@ def view_retrieval(trainer: SSLTrainer, first: str, second: str) -> dict[str, fl
     with parallel.together(trainer.model), evaluating(trainer.model), trainer.update.autocast():
         one, other = (backbone.tokens(view.image.to(kind)) for view in views)
     found = retrieval(one, other, views[0].affine, views[1].affine, backbone.grid_of(views[0].image.shape[2:]), backbone.token)
-    return {"retrieval": distributed.mean(float(found["hits"]), trainer.device)}
+    count = float(found["count"])
+    hits, asked = (distributed.mean(value, trainer.device) for value in (count * float(found["hits"]), count))
+    return {"retrieval": hits / asked} if asked else {}

@@ -1,14 +1,18 @@
 """DINOv2Trainer: schedules, teacher, centre, options, refusals. Its losses are checked in tests/conformance."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn.backbones.base import resolve
+from nnssl_ext.trainers.description import describe
 from nnssl_ext.trainers.dinov2 import DINOv2Trainer
 from nnssl_ext.trainers.dinov2_presets import PRESETS, choose_batch, choose_preset, settle
+from nnssl_ext.trainers.retrieval import view_retrieval
 from nnssl_ext.trainers.schedules import cosine
 from tests.make_data import ArrayStore, tiny_plan, tiny_store
 
@@ -217,6 +221,19 @@ def test_koleo_is_on_from_sixteen_volumes_and_warmed_in(tmp_path):
 def test_validation_reports_retrieval_across_views(tmp_path):
     found = make(tmp_path).validate()
     assert set(found) == {"total", "dino", "ibot", "retrieval"} and 0 <= found["retrieval"] <= 1
+
+
+def test_retrieval_is_left_out_where_no_tokens_correspond(tmp_path):
+    trainer = make(tmp_path)
+    sample = trainer.val_data[0]
+    far = replace(sample["global_1"], affine=sample["global_1"].affine + 1e3)
+    trainer.val_data = [{**sample, "global_1": far}]
+    assert view_retrieval(trainer, "global_0", "global_1") == {}
+
+
+def test_what_it_derived_is_in_the_description_of_the_run(tmp_path):
+    derived = json.loads(json.dumps(describe(make(tmp_path))))["derived"]
+    assert derived["locals"] == 2 and derived["heads"]["prototypes"] == 32 and {"temperatures", "freeze", "koleo", "lr"} <= set(derived)
 
 
 def test_masks_do_not_change_the_crops(tmp_path):

@@ -105,7 +105,7 @@ def test_a_run_is_described_so_that_its_command_line_gives_the_same_run(tmp_path
     trainer = trainer_of(tmp_path, epochs=7, lr=1e-4, mask_ratio=0.6)
     run = describe(trainer)
     assert run["overrides"] == changed(trainer.config) == {"epochs": 7, "lr": 1e-4, "mask_ratio": 0.6}
-    assert run["total_steps"] == 7 * 250 and run["cases"] == {"train": 7, "validation": 1} and run["device"] == "cpu"
+    assert run["total_steps"] == 7 * 250 and run["cases"] == {"train": 7, "validation": 1} and run["device"] == "cpu" and run["derived"] == {}
     program, *arguments = shlex.split(run["command"])
     options = train.arguments().parse_args([*arguments, "--c"])
     assert program == "nnssl_train" and (options.dataset, options.configuration, options.b, options.device) == ("801", "3d_fullres", "primus", "cpu")
