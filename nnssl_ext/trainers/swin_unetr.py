@@ -69,17 +69,17 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
     def step(self, model: nn.Module, batch: Batch) -> Losses:
         seen, clean, times = self._versions(batch)
         restored, rotation, vectors = model(seen)
-        subjects = subject_numbers(self.store, batch["target"].cases)
+        first, second = vectors.chunk(2)
         self.health.add("contrast", vectors)
         error = F.l1_loss(wide(restored), clean)
         told = F.cross_entropy(wide(rotation), times.to(rotation.device))
-        contrast = nt_xent(*vectors.chunk(2), self.config.temperature, subjects)
+        contrast = nt_xent(first, second, self.config.temperature, subject_numbers(self.store, batch["target"].cases))
         return {"total": error + told + contrast, "reconstruction": error, "rotation": told, "contrast": contrast}
 
     def _versions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the network sees of all first, then of all second versions, (2B, C, z, y, x), what it has to restore, and their quarter turns (2B,)."""
         target, versions, plane = batch["target"], [batch["image_0"], batch["image_1"]], self.turning.plane
-        seen = torch.cat([swap(version.image, version.mask, target.image) for version in versions])
+        seen = torch.cat([swap(version.image, version.mask, target.image) for version in versions])  # type: ignore[arg-type]
         times = torch.cat([turns(version.affine, target.affine, plane) for version in versions])
         return seen, turn(target.image.repeat(2, 1, 1, 1, 1), times, plane), times
 
