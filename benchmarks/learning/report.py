@@ -10,7 +10,17 @@ from typing import Any
 from benchmarks.learning.study import Baseline, Trial
 from benchmarks.learning.units import Unit
 
-HEAD = ("method", "backbone", "steps", "pretraining, s", "k-NN Dice", "gain over random weights", "Dice, fine-tuned", "gain over scratch", "fine-tuning, s")
+HEAD = (
+    "method",
+    "backbone",
+    "steps",
+    "pretraining, CPU-s",
+    "k-NN Dice",
+    "gain over random weights",
+    "Dice, fine-tuned",
+    "gain over scratch",
+    "fine-tuning, CPU-s",
+)
 
 
 def rows(baselines: Sequence[Baseline], trials: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
@@ -21,7 +31,7 @@ def rows(baselines: Sequence[Baseline], trials: Sequence[Trial], out: Path) -> l
         raw = base.intensities.record(out)
         if raw is not None:
             found.append({"method": "raw intensities", "family": base.family, "knn": {"all": raw["result"]["knn_dice"]}})
-        row = {"method": "from scratch", "family": base.family, "knn": _values(random, "knn_dice"), "dice": _values(scratch, "dice")}
+        row = {"method": "random weights", "family": base.family, "knn": _values(random, "knn_dice"), "dice": _values(scratch, "dice")}
         found.append(row | {"cases": _values(scratch, "cases"), "finetune_seconds": _seconds(scratch)})
         for trial in (trial for trial in trials if trial.entry.family == base.family):
             trained, probed, tuned = (_records(units, out) for units in (trial.pretrained, trial.probed, trial.finetuned))

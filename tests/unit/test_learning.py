@@ -105,12 +105,12 @@ def made(out, seeds=(0, 1)):
 def test_gains_are_differences_of_the_same_seed_and_each_seed_is_shown(tmp_path):
     base, trial = made(tmp_path)
     found = rows([base], [trial], tmp_path)
-    assert [row["method"] for row in found] == ["raw intensities", "from scratch", "MAETrainer"]
+    assert [row["method"] for row in found] == ["raw intensities", "random weights", "MAETrainer"]
     assert found[2]["dice_gain"] == pytest.approx({"0": 0.2, "1": -0.1}) and found[2]["knn_gain"] == pytest.approx({"0": 0.1, "1": 0.08})
     assert found[1]["cases"]["1"] == {"a": 0.5, "b": 0.7} and json.dumps(found)
     lines = table(found).splitlines()
     assert lines[2] == "| raw intensities | resenc | - | - | 0.250 | - | - | - | - |"
-    assert lines[3] == "| from scratch | resenc | - | - | 0.210 (0.200, 0.220) | - | 0.550 (0.500, 0.600) | - | 7 |"
+    assert lines[3] == "| random weights | resenc | - | - | 0.210 (0.200, 0.220) | - | 0.550 (0.500, 0.600) | - | 7 |"
     assert lines[4] == "| MAETrainer | resenc | 30 | 7 | 0.300 (0.300, 0.300) | +0.090 (+0.100, +0.080) | 0.600 (0.700, 0.500) | +0.050 (+0.200, -0.100) | 7 |"
 
 
