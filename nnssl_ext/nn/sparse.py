@@ -57,10 +57,10 @@ class _MaskedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, active: Tensor, eps: float) -> Tensor:
         count = active.sum(_AXES, keepdim=True)
-        kept = torch.where(active, wide(x), 0)
-        centred = torch.where(active, kept - kept.sum(_AXES, keepdim=True) / count, 0)
+        centred = torch.where(active, wide(x), 0)
+        centred = centred.sub_(centred.sum(_AXES, keepdim=True) / count).masked_fill_(~active, 0)
         scale = (centred.square().sum(_AXES, keepdim=True) / count + eps).rsqrt()
-        y = (centred * scale).to(x.dtype)
+        y = centred.mul_(scale).to(x.dtype)
         ctx.save_for_backward(y, active, scale)
         return y
 
@@ -71,7 +71,7 @@ class _MaskedNorm(torch.autograd.Function):
         count = active.sum(_AXES, keepdim=True)
         kept, wide_y = torch.where(active, wide(gradient), 0), wide(y)
         mean, along = kept.sum(_AXES, keepdim=True) / count, (kept * wide_y).sum(_AXES, keepdim=True) / count
-        return torch.where(active, scale * (kept - mean - wide_y * along), 0).to(gradient.dtype), None, None
+        return kept.sub_(mean).addcmul_(wide_y, along, value=-1).mul_(scale).masked_fill_(~active, 0).to(gradient.dtype), None, None
 
 
 def masked_instance_norm(x: Tensor, active: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -84,7 +84,7 @@ def masked_instance_norm(x: Tensor, active: Tensor, weight: Tensor | None = None
     """
     y: Tensor = _MaskedNorm.apply(x, active, eps)
     if weight is not None and bias is not None:
-        y = y * weight.view(-1, 1, 1, 1) + bias.view(-1, 1, 1, 1)
+        y = torch.addcmul(bias.view(-1, 1, 1, 1), y, weight.view(-1, 1, 1, 1))
     return torch.where(active, y, 0).to(x.dtype)
 
 

@@ -20,14 +20,14 @@ VERSIONS = ("nnssl_ext", "torch", "timm", "dynamic_network_architectures")
 
 def content_of(trainer: SSLTrainer) -> dict[str, Any]:
     """Content of a checkpoint; plain types and tensors, no patient metadata."""
-    name = type(trainer).__name__
+    name, decoder = type(trainer).__name__, trainer.trains_decoder and trainer.transfers_decoder and "decoder" in trainer.backbone.supports
     tensors = {"weights": trainer.transferred().network_weights(), "model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     tensors = on_cpu(parallel.whole(tensors))
     return {
         "trainer_name": name,
         "family": trainer.family,
         "configuration": trainer.configuration,
-        "transfer": "encoder+decoder" if trainer.trains_decoder and "decoder" in trainer.backbone.supports else "encoder",
+        "transfer": "encoder+decoder" if decoder else "encoder",
         "network_weights": tensors["weights"],
         "nnssl_adaptation_plan": adaptation_plan(trainer.backbone, trainer.config_plan, trainer.configuration).as_dict(),
         "citations": [{"type": "Pretraining method", "name": name, "apa_citations": [trainer.citation]}] if trainer.citation else [],

@@ -35,6 +35,7 @@ class SparkMAETrainer(SSLTrainer):
 
     needs = (frozenset({"sparse", "decoder"}),)
     trains_decoder = True
+    transfers_decoder = False  # it has learned to read levels made dense by layers that are not transferred
     citation = "Tian, K., Jiang, Y., Diao, Q., Lin, C., Wang, L., & Yuan, Z. (2023). Designing BERT for convolutional networks. ICLR."
 
     @dataclass(frozen=True)

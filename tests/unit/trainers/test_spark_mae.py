@@ -160,6 +160,7 @@ def test_the_trained_encoder_is_an_ordinary_one(tmp_path):
     trained(trainer, 2)
     fresh = build_backbone(trainer.config_plan, "resenc", 2)
     fresh.net.load_state_dict(trainer.backbone.network_weights(), strict=True)
+    assert trainer.state()["transfer"] == "encoder"
     image = torch.randn(1, 2, 4, 32, 16)
     for one, other in zip(fresh.eval().net.encoder(image), trainer.backbone.eval().pyramid(image)):
         assert torch.equal(one, other)
