@@ -69,7 +69,7 @@ class MAETrainer(SSLTrainer):
         reconstruction, caption = self.model.reconstruct(image, mask).float(), "reconstruction"
         if self.config.normalise:
             mean, deviation = block_moments(image, mask.shape[1:])  # nothing predicts them
-            reconstruction, caption = mean + deviation * reconstruction, "reconstruction (mean and, deviation, given)"
+            reconstruction, caption = mean + deviation * reconstruction, "reconstruction (mean, spread given)"
         return masked_rows(image, mask, reconstruction, caption)
 
 
