@@ -26,6 +26,7 @@ NAMES = (
     "mae_resenc",
     "dinov2_a",
     "dinov2_b",
+    "methods",
     "startup",
 )  # one module each, with run(quick) -> Result
 RESULTS = Path(__file__).with_name("results.json")
