@@ -70,7 +70,7 @@ class ReconContrastTrainer(SSLTrainer):
     def picture(self, batch: Batch) -> list[dict[str, np.ndarray]]:
         seen = [batch[name].image[:2] for name in ("image_0", "image_1")]
         made = [self.model(image) for image in seen]
-        return volume_rows({"crop": batch["target"].image[:2], "first": seen[0], "reconstruction": made[0], "second": seen[1], "its reconstruction": made[1]})
+        return volume_rows({"crop": batch["target"].image[:2], "corrupted": seen[0], "restored": made[0], "corrupted 2": seen[1], "restored 2": made[1]})
 
 
 def corrupt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
