@@ -42,6 +42,9 @@ def saved(folder, name):
 def curves(folder):
     """What an epoch's record says, without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        alarms = [text for text in record.pop("alarms", ()) if "waits for data" not in text]  # that depends on the machine
+        record |= {"alarms": alarms} if alarms else {}
     return [{key: value for key, value in record.items() if key not in ("time", "seconds", "samples_per_second") and "wait" not in key} for record in records]
 
 
@@ -109,7 +112,7 @@ def test_a_short_run_has_finite_losses_health_figures_no_alarm_and_a_checkpoint_
         assert all(math.isfinite(record[f"{side}/total"]) for side in ("train", "val"))
         assert {"health/gradient_norm", "health/update_ratio", "health/skipped_steps", "health/background"} <= set(record)
         assert record["health/gradient_norm"] > 0 and record["health/skipped_steps"] == 0
-        assert not [alarm for alarm in record.get("alarms", ()) if "waits for data" not in alarm]
+        assert "alarms" not in record
     assert {"health/pooled/std", "health/patches/rank_me"} <= set().union(*records)
     content = load_checkpoint(tmp_path / "checkpoint_final.pth")  # reads nothing but tensors and plain types
     fresh = build_backbone(trainer.config_plan, pair.family, trainer.plan.channels).network_weights()
