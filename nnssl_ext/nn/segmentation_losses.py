@@ -12,7 +12,7 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy over the voxels, plus 1 - soft Dice.
 
     Dice = 2 sum(p t) / (sum(p) + sum(t)) is taken over the voxels of a sample for each class that the sample holds, whichever
-    the class (0 as well), and averaged over these: nothing has to be smoothed, and no sample depends on another.
+    the class (0 as well), averaged over these and then over the samples: nothing has to be smoothed, no sample depends on another.
 
     Args:
         logits: (B, K, z, y, x).
@@ -26,4 +26,4 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
     p, count = log_p.exp(), is_class.sum(axes)
     dice = 2 * torch.where(is_class, p, 0).sum(axes) / (p.sum(axes) + count).clamp_min(1)
     held = count > 0
-    return cross_entropy + 1 - torch.where(held, dice, 0).sum() / held.sum()
+    return cross_entropy + 1 - (torch.where(held, dice, 0).sum(1) / held.sum(1)).mean()

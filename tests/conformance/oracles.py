@@ -110,9 +110,9 @@ def volume_fusion(trainer: SSLTrainer, batch: Batch) -> Losses:
     for b, (z, y, x) in product(range(len(label)), places):
         weight = float(label[b, 0, z, y, x]) / (count - 1)
         fused[b, :, z, y, x] = weight * foreground[b, :, z, y, x] + (1 - weight) * background[b, :, z, y, x]
-    logits, logs, dices = trainer.model(fused), [], []
+    logits, logs, means = trainer.model(fused), [], []
     for b in range(len(label)):
-        shares, classes = [], [int(label[b, 0, z, y, x]) for z, y, x in places]
+        shares, dices, classes = [], [], [int(label[b, 0, z, y, x]) for z, y, x in places]
         for (z, y, x), k in zip(places, classes):
             powers = logits[b, :, z, y, x].exp()
             shares.append(powers / powers.sum())
@@ -120,7 +120,8 @@ def volume_fusion(trainer: SSLTrainer, batch: Batch) -> Losses:
         for k in sorted(set(classes)):
             hit = _sum([share[k] for share, true in zip(shares, classes) if true == k])
             dices.append(2 * hit / (_sum([share[k] for share in shares]) + classes.count(k)))
-    return {"total": -_mean(logs) + 1 - _mean(dices)}
+        means.append(_mean(dices))
+    return {"total": -_mean(logs) + 1 - _mean(means)}
 
 
 def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
