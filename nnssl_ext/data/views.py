@@ -90,7 +90,7 @@ def _extent(size: Sequence[int], zoom: np.ndarray) -> list[int]:
     return [int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom)]
 
 
-def _place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, rotation: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+def place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, rotation: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """The affine of a crop in the middle of a box."""
     spacing = (1.0, 1.0, 1.0) if np.array_equal(rotation, np.eye(3)) else store.geometry(case).spacing  # it cancels without rotation
     return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
@@ -116,7 +116,7 @@ class Crop:
         zoom = self.spatial.draw_zoom(rng)
         body = store.body(case) if self.body else None
         box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
-        affine = _place(store, case, box, self.patch_size, zoom, *self.spatial.draw_turn(rng))
+        affine = place(store, case, box, self.patch_size, zoom, *self.spatial.draw_turn(rng))
         image = read_crops(store, case, [affine], [self.patch_size])[0]
         return {"image": View(image, affine, intensity=self.intensity.draw(len(image), rng))}
 
@@ -168,7 +168,7 @@ class MultiCrop:
         crops = self._pair(lambda: draw(self.global_size, self.global_share)) + [draw(self.local_size, self.local_share) for _ in range(self.locals)]
         sizes = {f"global_{i}": self.global_size for i in range(2)} | {f"local_{i}": self.local_size for i in range(self.locals)}
         mirrored = self.spatial.draw_mirror(rng)
-        affines = [_place(store, case, box, size, zoom, self.spatial.draw_rotation(rng), mirrored) for (zoom, box), size in zip(crops, sizes.values())]
+        affines = [place(store, case, box, size, zoom, self.spatial.draw_rotation(rng), mirrored) for (zoom, box), size in zip(crops, sizes.values())]
         images = read_crops(store, case, affines, list(sizes.values()))
         return {name: View(image, affine, intensity=self.intensity.draw(len(image), rng)) for name, image, affine in zip(sizes, images, affines)}
 

@@ -69,6 +69,12 @@ def check_several(samples: int, method: str) -> None:
         raise UserError(f"{method} compares samples and needs two of them at a time, not {samples}", "batch size", "give -o batch_size=2 or more")
 
 
+def check_interval(values: Sequence[float], name: str) -> None:
+    """Raise a `UserError` unless the field `name` holds two numbers, the lower one first."""
+    if len(values) != 2 or values[0] > values[1]:
+        raise UserError(f"{name} needs two numbers, the lower one first, not {tuple(values)}", f"option -o {name}", f"write for example -o {name}=0.3,0.6")
+
+
 def speed_only(config: Any) -> set[str]:
     """Names of the fields that change no result."""
     return {field.name for field in dataclasses.fields(config) if not field.metadata.get("folder", True)}

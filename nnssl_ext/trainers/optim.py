@@ -19,12 +19,13 @@ class Recipe:
     """Optimisation settings.
 
     Args:
-        optimizer: "sgd" (Nesterov momentum .99) or "adamw".
+        optimizer: "sgd" (with Nesterov momentum) or "adamw".
         lr: learning rate after the warm-up.
         weight_decay: decoupled for adamw; not applied there to biases, norms, positions and mask tokens.
         warmup: share of the steps over which the learning rate rises linearly from 0.
         clip: largest norm of the gradient (of each part, where the parameter groups name parts).
         betas: of adamw.
+        sgd_momentum: of sgd.
     """
 
     optimizer: str
@@ -33,6 +34,7 @@ class Recipe:
     warmup: float
     clip: float
     betas: tuple[float, float] = (0.9, 0.98)
+    sgd_momentum: float = 0.99
 
 
 # U-Nets as nnU-Net trains them (doi:10.1038/s41592-020-01008-z); transformers as Primus (arXiv:2503.01835)
@@ -68,7 +70,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, spare: bool) -> list
 
 def make_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
-        return SGD(groups, lr=recipe.lr, momentum=0.99, nesterov=True)
+        return SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, nesterov=True)
     return AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nnssl_ext.nn import assign, distributed
 from nnssl_ext.nn.contrastive import nt_xent, rank_mean
+from nnssl_ext.nn.cosine import negative_cosine
 from nnssl_ext.nn.losses import koleo
+from nnssl_ext.nn.projector import normalized_mlp
 
 ROOT = Path(__file__).parents[3]
 CLASSES = 6
@@ -36,7 +38,10 @@ def share(x: Tensor, counts: tuple[int, int]) -> Tensor:
 def work() -> dict[str, dict[tuple[int, int], list[Tensor]]]:
     """What a process finds for each way to share the rows, alone or as one of two."""
     tasks = {"sinkhorn": balanced, "centre": centred, "koleo": spread, "joined": together}
-    return {name: {counts: task(counts) for counts in SHARES} for name, task in tasks.items()} | {"contrast": {(4, 4): contrasted()}}
+    return {name: {counts: task(counts) for counts in SHARES} for name, task in tasks.items()} | {
+        "contrast": {(4, 4): contrasted()},
+        "siamese": {(4, 4): predicted()},
+    }
 
 
 def balanced(counts: tuple[int, int]) -> list[Tensor]:
@@ -73,6 +78,15 @@ def contrasted() -> list[Tensor]:
     loss = nt_xent(a, b, 0.3, subjects) * rank_mean((a - b).abs().mean())
     (gradient,) = torch.autograd.grad(loss, weight)
     return [loss.detach(), distributed.stacked(gradient).mean(0)]
+
+
+def predicted() -> list[Tensor]:
+    """Cosines of predictions behind batch normalisation, their averaged gradients, and the running moments."""
+    torch.manual_seed(0)
+    perceptron = torch.nn.Sequential(normalized_mlp((CLASSES, 5, CLASSES), last=True), normalized_mlp((CLASSES, 4, CLASSES), last=False)).double()
+    loss = negative_cosine(perceptron(share(rows(8, 6), (4, 4))), share(rows(8, 7), (4, 4)))
+    gradients = torch.autograd.grad(loss, list(perceptron.parameters()))
+    return [*(distributed.stacked(x).mean(0) for x in (loss, *gradients)), *perceptron.buffers()]
 
 
 def together(counts: tuple[int, int]) -> list[Tensor]:
@@ -144,3 +158,11 @@ def test_a_single_process_gathers_itself():
     x = torch.randn(3, 2, requires_grad=True)
     assert distributed.joined(x) is x
     assert torch.equal(distributed.stacked(x), x.detach()[None]) and not distributed.stacked(x).requires_grad
+
+
+def test_batch_normalisation_of_two_processes_and_its_averaged_gradients_are_those_of_one(found):
+    expected = predicted()
+    assert expected[0] != 0 and all(bool(x.any()) for x in expected)
+    for half in found:
+        for one, other in zip(half["siamese"][(4, 4)], expected, strict=True):
+            same(one, other)
