@@ -124,6 +124,20 @@ def volume_fusion(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": -_mean(logs) + 1 - _mean(means)}
 
 
+def sim_clr(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """-log of the share of the other crop among it and the crops of all other subjects."""
+    first, second = (trainer.model(batch[name].image) for name in ("first", "second"))
+    return {"total": _contrast(first, second, 0.5, [trainer.store.subject(case) for case in batch["first"].cases])}
+
+
+def sim_siam_iou(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """-cosine of each prediction and the other crop's projection, which gets no gradient."""
+    model = trainer.model
+    a, b = (model.projector(model.backbone.pooled(batch[name].image)) for name in ("first", "second"))
+    pairs = [(model.predictor(one), other.detach()) for one, other in ((a, b), (b, a))]
+    return {"total": -_mean([_cosine(p, z) for pair in pairs for p, z in zip(*pair)])}
+
+
 def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
     """1 - cosine of the prediction and the teacher's projection."""
     model, (a, b) = trainer.model, _pair(batch)
@@ -242,6 +256,8 @@ ORACLES: dict[str, Oracle] = {
     "SwinUNETRPretrainTrainer": swin_unetr,
     "DINOv2Trainer": dinov2,
     "DINOv2HighResTrainer": dinov2,
+    "SimCLRTrainer": sim_clr,
+    "SimSiamIoUTrainer": sim_siam_iou,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,

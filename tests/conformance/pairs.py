@@ -26,6 +26,8 @@ STEPS = 20
 OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a method small, by trainer
     "DINOv2Trainer": (DINO := {"prototypes": 32, "hidden": 32, "bottleneck": 16, "locals": 2}),
     "DINOv2HighResTrainer": DINO,
+    "SimCLRTrainer": {"hidden": 32},
+    "SimSiamIoUTrainer": {"hidden": 32, "bottleneck": 16},
 }
 EARLIER: Mapping[str, str] = {"DINOv2HighResTrainer": "DINOv2Trainer"}  # whose weights a method goes on from, by trainer
 

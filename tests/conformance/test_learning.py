@@ -24,9 +24,11 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "DINOv2Trainer": 0.5,
     "DINOv2HighResTrainer": 0.5,
     "ReconContrastTrainer": 0.5,
+    "SimSiamIoUTrainer": 0.5,
     "SwinUNETRPretrainTrainer": 0.75,
     "VolumeFusionTrainer": 0.75,
 }
+LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0}  # value of a perfect loss where that is not 0: a negative cosine
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
 VISIBLE_BY_METHOD = {"VolumeFusionTrainer": 0.5}  # where one of two crops has all the weight, nothing of the other one is seen
 PATCH = (8, 24, 16)  # no two axes alike
@@ -58,7 +60,7 @@ def check_finite(trainer):
 
 
 def overfitted(pair):
-    """Last over first loss of AdamW on one batch: what is not trained (teacher, centre, queue) and the random numbers stay the same."""
+    """Last over first loss (above the lowest there is) of AdamW on one batch; what is not trained (teacher, centre, queue) and random numbers stay the same."""
     trainer = prepared(pair)
     batch, model = first_batch(trainer), trainer.model
     fixed = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
@@ -72,7 +74,8 @@ def overfitted(pair):
         totals.append(losses["total"].item())
         for tensor, value in zip(fixed, former):
             tensor.data.copy_(value)
-    return totals[-1] / totals[0]
+    lowest = LOWEST_BY_METHOD.get(pair.method, 0.0)
+    return (totals[-1] - lowest) / (totals[0] - lowest)
 
 
 def check_learns(pair):
