@@ -69,6 +69,23 @@ def joined(x: Tensor) -> Tensor:
     return torch.cat([x if number == rank() else part[:count] for number, (part, count) in enumerate(zip(stacked(padded), counts))])
 
 
+def summed(x: Tensor) -> Tensor:
+    """Sum over all ranks, element by element; its gradient is that of all ranks' losses together."""
+    return _Sum.apply(x) if dist.is_initialized() else x  # type: ignore[no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient.contiguous())
+
+
 def own_share(loss: Tensor) -> Tensor:
     """A loss that every rank computes over everybody's `joined` rows, with a gradient whose average over the ranks is that of one process.
 

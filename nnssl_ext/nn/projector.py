@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from nnssl_ext.nn import distributed
 from nnssl_ext.nn.precision import wide
@@ -31,8 +30,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         count = len(x) * distributed.ranks()
-        mean = all_reduce(x.sum(0)) / count
-        variance = all_reduce((x - mean).square().sum(0)) / count
+        mean = distributed.summed(x.sum(0)) / count
+        variance = distributed.summed((x - mean).square().sum(0)) / count
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
