@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nnssl_ext.data.partners import Partners
 from nnssl_ext.data.views import Crop, View
 from nnssl_ext.preprocessing.store import CaseStore
 
@@ -32,20 +33,16 @@ class FusionPair:
 
     Args:
         crop: where both come from.
-        subjects: of every case in the store.
-        partners: cases that the background may come from, of two subjects at least; uniform over those of other subjects.
+        partners: cases that the background may come from.
         classes: number of classes, two or more.
     """
 
     crop: Crop
-    subjects: tuple[str, ...]
-    partners: tuple[int, ...]
+    partners: Partners
     classes: int
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
-        other = case
-        while self.subjects[other] == self.subjects[case]:
-            other = self.partners[int(rng.integers(len(self.partners)))]
+        other = self.partners.draw(case, rng)
         foreground, background = (self.crop.sample(store, number, rng)["image"] for number in (case, other))
         label = View(random_classes(self.crop.patch_size, self.classes, rng)[None], foreground.affine)
         return {"foreground": foreground, "background": replace(background, case=other), "label": label}

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.core.errors import UserError
 from nnssl_ext.data.fusion import FusionPair
-from nnssl_ext.data.loader import Batch, split_subjects
+from nnssl_ext.data.loader import Batch
+from nnssl_ext.data.partners import training_partners
 from nnssl_ext.data.views import Crop, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.pixel_head import Reconstruction
@@ -40,13 +40,8 @@ class VolumeFusionTrainer(SSLTrainer):
         classes: int = field(default=5, metadata={"range": (2, math.inf)})  # weights, evenly from 0 to 1
 
     def views(self) -> ViewSpec:
-        subjects = tuple(self.store.subject(case) for case in range(len(self.store)))
-        if len(set(subjects)) < 2:
-            raise UserError(
-                "volume fusion mixes crops of two subjects, and all cases are of one", self.plan.dataset_name, "add subjects or choose another trainer"
-            )
-        partners, _ = split_subjects(subjects, self.config.seed)
-        return FusionPair(Crop(self.config_plan.patch_size), subjects, tuple(partners), self.config.classes)
+        partners = training_partners(self.store, self.config.seed, type(self).__name__, self.plan.dataset_name)
+        return FusionPair(Crop(self.config_plan.patch_size), partners, self.config.classes)
 
     def build(self, backbone: Backbone) -> nn.Module:
         return Reconstruction(backbone, self.config.classes)

@@ -42,6 +42,36 @@ def mae(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
+def gvsl(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Voxel by voxel: where the moving crop is read, the squared correlation around it, the error of the restored crop; differences of the flow."""
+    target, moving = batch["target"].image, batch["moving"].image
+    restored, flow, displacement = trainer.model(batch["image"].image, moving)
+    shape, correlations = target.shape[2:], []
+    for i, channel in product(*map(range, target.shape[:2])):
+        one, other = target[i, channel], _trilinear(moving[i, channel], displacement[i])
+        spread = [1e-4 * ((x - x.mean()) ** 2).mean() + 1e-10 for x in (one, other)]
+        for place in product(*map(range, shape)):
+            window = tuple(slice(max(0, p - 4), p + 5) for p in place)
+            a, b = one[window] - one[window].mean(), other[window] - other[window].mean()
+            correlations.append((a * b).mean() ** 2 / (((a * a).mean() + spread[0]) * ((b * b).mean() + spread[1])))
+    errors = [(restored[place] - target[place]) ** 2 for place in product(*map(range, target.shape))]
+    slopes = [_mean([(flow.select(axis, k + 1) - flow.select(axis, k)).square().mean() for k in range(shape[axis - 2] - 1)]) for axis in (2, 3, 4)]
+    similarity, restoration, smoothness = 1 - _mean(correlations), _mean(errors), _mean(slopes)
+    return {"total": similarity + restoration + smoothness, "similarity": similarity, "restoration": restoration, "smoothness": smoothness}
+
+
+def _trilinear(volume: Tensor, displacement: Tensor) -> Tensor:
+    """A volume (z, y, x) where its displacement (3, z, y, x) leads to; outside of it the nearest voxel counts."""
+    grid = torch.meshgrid(*(torch.arange(n) for n in volume.shape), indexing="ij")
+    places = [(axis + offset).clamp(0, n - 1) for axis, offset, n in zip(grid, displacement, volume.shape)]
+    first = [place.detach().floor().long().clamp(max=n - 2) for place, n in zip(places, volume.shape)]
+    terms = []
+    for corner in product((0, 1), repeat=3):
+        z, y, x = (place - low if c else 1 - (place - low) for place, low, c in zip(places, first, corner))
+        terms.append(z * y * x * volume[tuple(low + c for low, c in zip(first, corner))])
+    return _sum(terms)
+
+
 def models_genesis(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Mean over all voxels and channels of the squared error of what the corrupted crop is restored to."""
     restored, target = trainer.model(batch["image"].image), batch["target"].image
@@ -251,6 +281,7 @@ ORACLES: dict[str, Oracle] = {
     "SimMIMTrainer": sim_mim,
     "VolumeFusionTrainer": volume_fusion,
     "SparkMAETrainer": mae,
+    "GVSLTrainer": gvsl,
     "ModelsGenesisTrainer": models_genesis,
     "ReconContrastTrainer": recon_contrast,
     "SwinUNETRPretrainTrainer": swin_unetr,

@@ -10,6 +10,7 @@ from tests.conformance.pairs import PAIRS
 from tests.make_data import TINY_SHAPE, ArrayStore
 
 CORRUPTED = {  # views with changed intensities, by method
+    "GVSLTrainer": {"image"},
     "ModelsGenesisTrainer": {"image"},
     "VolumeFusionTrainer": {"label"},
     **{name: {"image_0", "image_1"} for name in ("ReconContrastTrainer", "SwinUNETRPretrainTrainer")},

@@ -9,11 +9,12 @@ from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data import fusion
 from nnssl_ext.data.fusion import FusionPair, random_classes
 from nnssl_ext.data.loader import StepDataset, batches
+from nnssl_ext.data.partners import Partners
 from nnssl_ext.data.views import Crop
 from tests.make_data import TINY_SHAPE, ArrayStore
 
 SUBJECTS = ("a", "a", "b", "c", "c", "c", "d", "e")
-SPEC = FusionPair(Crop((16, 16, 16)), SUBJECTS, (0, 1, 2, 3, 4, 5), 5)
+SPEC = FusionPair(Crop((16, 16, 16)), Partners(SUBJECTS, (0, 1, 2, 3, 4, 5)), 5)
 
 
 class Scripted:
