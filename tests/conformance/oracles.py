@@ -132,6 +132,45 @@ def _quarter(plane: tuple[int, int]) -> np.ndarray:
     return matrix
 
 
+def voco(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Overlaps of boxes, cosines and logarithms of every target and base crop, one after the other."""
+    model, names = trainer.model, list(batch)
+    student, teacher = model(torch.stack([batch[name].image for name in names]))
+    targets, bases = ([number for number, name in enumerate(names) if name.startswith(kind)] for kind in ("target", "base"))
+
+    def faces(number: int, sample: int, axis: int) -> tuple[float, float]:
+        view = batch[names[number]]
+        ends = sorted(float(view.affine[sample, axis, axis]) * (place - 0.5) + float(view.affine[sample, axis, 3]) for place in (0, view.image.shape[2 + axis]))
+        return ends[0], ends[1]
+
+    def overlap(target: int, base: int, sample: int) -> float:
+        share = 1.0
+        for axis in range(3):
+            (low, high), (first, last) = (faces(number, sample, axis) for number in (target, base))
+            share *= max(0.0, min(high, last) - max(low, first)) / (high - low)
+        return share
+
+    def row(said: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        near = [-o * (1 - (o - s).abs() + 1e-6).clamp(max=1).log() for s, o in zip(said, wanted)]
+        far = [-(1 - s + 1e-6).clamp(max=1).log() for s, o in zip(said, wanted) if o == 0]
+        return (_sum(near) / _sum(wanted) if any(o > 0 for o in wanted) else 0) + (_mean(far) if far else 0)
+
+    def like(a: Tensor, b: Tensor) -> Tensor:
+        return _cosine(a, b).clamp(min=0, max=1)
+
+    intra, inter, crowding = [], [], []
+    for sample in range(len(student)):
+        other = (sample + 1) % len(student)
+        for target in targets:
+            shares = [student.new_tensor(overlap(target, base, sample)) for base in bases]
+            intra.append(row([like(student[sample, target], teacher[sample, base]) for base in bases], shares))
+            told, heard = ([like(x[sample, target], teacher[other, base]) for base in bases] for x in (student, teacher))
+            inter.append(row(told, heard))
+        crowding += [like(student[sample, i], student[sample, j]) ** 2 for i in bases for j in bases if i < j]
+    losses = {"intra": _mean(intra), "inter": _mean(inter), "crowding": _mean(crowding)}
+    return {"total": _sum(list(losses.values())), **losses}
+
+
 def volume_fusion(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Cross-entropy and Dice of the fused volumes, voxel by voxel."""
     foreground, background, label = (batch[name].image for name in ("foreground", "background", "label"))
@@ -279,6 +318,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 ORACLES: dict[str, Oracle] = {
     "MAETrainer": mae,
     "SimMIMTrainer": sim_mim,
+    "VoCoTrainer": voco,
     "VolumeFusionTrainer": volume_fusion,
     "SparkMAETrainer": mae,
     "GVSLTrainer": gvsl,

@@ -27,6 +27,7 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "SimSiamIoUTrainer": 0.5,
     "SwinUNETRPretrainTrainer": 0.75,
     "VolumeFusionTrainer": 0.75,
+    "VoCoTrainer": 0.6,
 }
 LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0}  # value of a perfect loss where that is not 0: a negative cosine
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
