@@ -37,6 +37,7 @@ class ReconContrastTrainer(SSLTrainer):
     Source: ViTAutoEnc and its tutorial "vit_unetr_ssl" of MONAI, arXiv:2211.02701; Chen et al. 2020, arXiv:2002.05709 (NT-Xent).
     """
 
+    default_family = "primus"
     trains_decoder = True
     recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-4, 0.0, 0.0, 12.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
     citation = (
