@@ -41,14 +41,6 @@ class BatchNorm(nn.BatchNorm1d):
         return x * self.weight + self.bias if self.affine else x
 
 
-def mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers between these widths, with ReLU between them."""
-    layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 def normalized_mlp(widths: Sequence[int], *, last: bool) -> nn.Sequential:
     """Linear layers between these widths, with batch normalisation and ReLU between them.
 

@@ -17,7 +17,7 @@ from nnssl_ext.data.turned import choose_turning
 from nnssl_ext.data.views import ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.contrastive import nt_xent
-from nnssl_ext.nn.projector import mlp
+from nnssl_ext.nn.projector import normalized_mlp
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_interval, check_several
@@ -67,12 +67,15 @@ class SimCLRTrainer(SSLTrainer):
 
 
 class Projection(nn.Module):
-    """Backbone, and a perceptron of three layers on the averages of all of its maps."""
+    """Backbone, and a perceptron of three layers on the averages of all of its maps.
+
+    Averages of maps after InstanceNorm hardly differ between crops: without batch normalisation the contrast stays at chance.
+    """
 
     def __init__(self, backbone: Backbone, hidden: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projector = mlp((sum(backbone.widths), hidden, hidden, hidden))
+        self.projector = normalized_mlp((sum(backbone.widths), hidden, hidden, hidden), last=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, C, z, y, x) to vectors (B, hidden)."""
