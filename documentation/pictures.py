@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import methods as registered
 from benchmarks.common import NoiseStore, make_plan
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import NetworkPlan
-from nnssl_ext.core.registry import all_classes
 from nnssl_ext.evaluation.phantom import make_phantom
-from nnssl_ext.planners import primus, resenc
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.pictures import draw_run
 from nnssl_ext.trainers.sinks import VARIABLE
@@ -33,13 +32,12 @@ IMAGES = Path(__file__).with_name("images")
 SIZE, SPACING, CASES = 64, 3.0, 16  # voxels per edge of a phantom, mm, number of phantoms
 WINDOW = (-200.0, 300.0)  # HU
 PATCH, BATCH, STEPS = (48, 48, 48), 2, 200
-NETWORKS = {"resenc": resenc.network, "primus": primus.network}
 WIDEST, COLOURS = 900, 64  # of a picture: pixels, entries of the palette
 
 
 def methods() -> dict[str, type[SSLTrainer]]:
     """Trainers by the name of their page and by that of their class."""
-    found = all_classes(SSLTrainer, "nnssl_ext.trainers")
+    found = registered.methods()
     return {cls.__module__.rpartition(".")[2]: cls for cls in found.values()} | found
 
 
@@ -64,7 +62,7 @@ def phantoms() -> Phantoms:
 
 def train(cls: type[SSLTrainer], family: str, steps: int, folder: Path) -> SSLTrainer:
     """A trained method with a network of the smallest size."""
-    network: NetworkPlan = NETWORKS[family]((1, 1, 1), PATCH, "nano", 1e3, BATCH)
+    network: NetworkPlan = registered.NETWORKS[family]((1, 1, 1), PATCH, "nano", 1e3, BATCH)
     config: Any = cls.Config(epochs=1, iterations=steps, val_iterations=1, batch_size=BATCH, workers=0)
     store: Any = phantoms()
     trainer = cls(make_plan(PATCH, family, replace(network, batch_size=BATCH)), "3d_fullres", config, store, folder, family=family)
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = methods()
     parser = argparse.ArgumentParser("python -m documentation.pictures", description=__doc__)
     parser.add_argument("methods", metavar="METHOD", nargs="+", choices=known, help=f"one or more of: {', '.join(sorted(known))}")
-    parser.add_argument("-b", dest="family", choices=NETWORKS, help="backbone family (default: the method's)")
+    parser.add_argument("-b", dest="family", choices=registered.NETWORKS, help="backbone family (default: the method's)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder (default: %(default)s)")
     options = parser.parse_args(argv)

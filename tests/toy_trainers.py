@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from nnssl_ext.data.loader import Batch
+from nnssl_ext.data.loader import Batch, batches
 from nnssl_ext.data.views import Crop, View, ViewSpec
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.momentum import MomentumTeacher, distance
@@ -183,3 +183,14 @@ class CentreModel(nn.Module):
         if self.training and self.centring:
             self.centre.lerp_(gathered(teacher).mean(0).to(self.centre.dtype), 0.1)
         return student / 0.1, centred
+
+
+def trained(run: SSLTrainer, steps: int = 3) -> list[tuple[float, float]]:
+    """Losses and gradient norms of some steps."""
+    loader = batches(run._dataset(run.train_cases, "train"), 0, steps)
+    found = []
+    for step in range(steps):
+        with run.health.watch(step):
+            outcome = run._update(step, loader)
+        found.append((outcome.values["total"], outcome.norm))
+    return found

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from benchmarks.learning.data import Data
-from benchmarks.learning.pretrain import methods
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import baseline, trial
 from benchmarks.learning.suite import SUITE
 from benchmarks.learning.units import environment, finish_all
+from benchmarks.methods import methods
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import FolderLock, write_json, write_text
 

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import phantoms
 from benchmarks.common import make_plan
+from benchmarks.methods import NETWORKS
 from nnssl_ext.core.files import read_json, sha256_file, sha256_json, write_json
 from nnssl_ext.core.plan import NetworkPlan, Normalization, Plan
 from nnssl_ext.core.rng import torch_seed
@@ -26,7 +27,6 @@ from nnssl_ext.finetuning.commands import Machine, hand_off, run
 from nnssl_ext.finetuning.plans import PlanOptions
 from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone
-from nnssl_ext.planners import primus, resenc
 from nnssl_ext.trainers.checkpoint import adaptation_plan, save_checkpoint
 
 SIZE, SPACING = 64, 3.0  # voxels per edge of a volume, mm
@@ -34,7 +34,6 @@ LABELLED, TEST = 8, 8  # subjects to fine-tune with, at most, and to test
 SUBSETS = (2,)  # labelled subjects of each fold
 CONFIGURATION = "3d_fullres"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-NETWORKS = {"resenc": resenc.network, "primus": primus.network}
 NANO = "nano"
 
 

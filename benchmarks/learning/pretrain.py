@@ -8,17 +8,11 @@ from typing import Any
 
 from benchmarks.learning.data import CONFIGURATION, Data
 from benchmarks.learning.suite import EPOCHS
+from benchmarks.methods import methods
 from benchmarks.phantoms import PhantomStore
-from nnssl_ext.core.registry import all_classes
-from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
 
 CHECKPOINT = "checkpoint_final.pth"
-
-
-def methods() -> dict[str, type[SSLTrainer]]:
-    """The package's methods by name."""
-    return all_classes(SSLTrainer, "nnssl_ext.trainers")
 
 
 def pretrain(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:

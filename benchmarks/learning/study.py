@@ -9,9 +9,10 @@ from typing import Any
 
 from benchmarks.learning import quality
 from benchmarks.learning.finetune import finetune
-from benchmarks.learning.pretrain import methods, pretrain
+from benchmarks.learning.pretrain import pretrain
 from benchmarks.learning.suite import FINE_TUNING, LABELS, PATCH, Entry
 from benchmarks.learning.units import Unit
+from benchmarks.methods import methods
 from nnssl_ext.core.files import sha256_file
 
 

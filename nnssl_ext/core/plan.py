@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,12 @@ class NetworkPlan:
     imports: tuple[str, ...]
     batch_size: int
     memory_gb: float
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """Voxels of a cell of the deepest map, (z, y, x): a token's edges, or the product of all strides."""
+        token = self.kwargs.get("patch_embed_size")
+        return tuple(token) if token else tuple(math.prod(steps) for steps in zip(*self.kwargs["strides"]))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from nnssl_ext.nn.pixel_head import Reconstruction
 from nnssl_ext.nn.precision import wide
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
+from nnssl_ext.trainers.pictures import volume_rows
 
 
 class ModelsGenesisTrainer(SSLTrainer):
@@ -53,8 +54,7 @@ class ModelsGenesisTrainer(SSLTrainer):
 
     def picture(self, batch: Batch) -> list[dict[str, np.ndarray]]:
         spoilt, crop = batch["image"].image[:2], batch["target"].image[:2]
-        volumes = {"crop": crop, "spoilt": spoilt, "restored": self.model(spoilt)}
-        return [{caption: volume[i, 0].float().cpu().numpy() for caption, volume in volumes.items()} for i in range(len(crop))]
+        return volume_rows({"crop": crop, "spoilt": spoilt, "restored": self.model(spoilt)})
 
 
 def spoil(image: np.ndarray, rng: np.random.Generator, chances: ModelsGenesisTrainer.Config) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,9 +50,8 @@ class SimCLRTrainer(SSLTrainer):
         check_interval(config.iou, "iou")
 
     def views(self) -> ViewSpec:
-        kwargs, patch = self.network_plan.kwargs, self.config_plan.patch_size
-        stride = kwargs.get("patch_embed_size") or np.prod(kwargs["strides"], axis=0).tolist()
-        turning = choose_turning(patch, self.config_plan.spacing, stride)
+        patch = self.config_plan.patch_size
+        turning = choose_turning(patch, self.config_plan.spacing, self.network_plan.cell)
         return IoUPair(patch, self.config.iou, intensity=INTENSITY, apart=True, turning=turning)
 
     def build(self, backbone: Backbone) -> nn.Module:

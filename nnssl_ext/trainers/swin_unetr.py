@@ -56,9 +56,7 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
     ) -> None:
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
         check_several(self.batch_size, type(self).__name__)
-        kwargs = self.network_plan.kwargs
-        stride = kwargs.get("patch_embed_size") or np.prod(kwargs["strides"], axis=0).tolist()
-        self.turning = choose_turning(self.config_plan.patch_size, self.config_plan.spacing, stride)
+        self.turning = choose_turning(self.config_plan.patch_size, self.config_plan.spacing, self.network_plan.cell)
 
     def views(self) -> ViewSpec:
         return TurnedPair(Crop(self.turning.size, NONE), self.turning, self.config.noise, self.config.swap)

@@ -56,8 +56,8 @@ class VoCoTrainer(SSLTrainer):
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
         if len(config.grid) != 3 or math.prod(config.grid) < 2:
             raise UserError(f"a grid of {config.grid} has no two neighbours along three axes", "option -o grid", "give three numbers, such as -o grid=1,3,3")
-        kwargs, patch = self.network_plan.kwargs, self.config_plan.patch_size
-        self.crop = local_crop(patch, kwargs.get("patch_embed_size") or np.prod(kwargs["strides"], axis=0).tolist())
+        patch = self.config_plan.patch_size
+        self.crop = local_crop(patch, self.network_plan.cell)
         if config.batch_size is None:
             crops = math.prod(config.grid) + config.targets
             self.batch_size = max(2, self.batch_size * math.prod(patch) // (crops * math.prod(self.crop)))

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.data.loader import batches
 from nnssl_ext.nn import distributed, parallel
 from nnssl_ext.trainers.config import SPEED_ONLY, folder_suffix, speed_only
 from nnssl_ext.trainers.mae import MAETrainer
 from tests.make_data import tiny_plan, tiny_store
-from tests.toy_trainers import ToyEMATrainer
+from tests.toy_trainers import ToyEMATrainer, trained
 
 PLAN, CPU = tiny_plan(), torch.device("cpu")
 
@@ -24,17 +23,6 @@ def trainer(folder, method=MAETrainer, family="primus", **options):
     made.initialize()
     made.waited = 0.0
     return made
-
-
-def trained(run, steps=3):
-    """Losses and gradient norms of some steps."""
-    loader = batches(run._dataset(run.train_cases, "train"), 0, steps)
-    found = []
-    for step in range(steps):
-        with run.health.watch(step):
-            outcome = run._update(step, loader)
-        found.append((outcome.values["total"], outcome.norm))
-    return found
 
 
 @pytest.mark.parametrize(("family", "count"), [("primus", 4), ("resenc", 6)])

@@ -103,15 +103,6 @@ def test_corruption_keeps_shape_type_and_range_and_leaves_the_crop_as_it_is(chan
     assert np.array_equal(image, before)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0])
-def test_a_constant_volume_gives_finite_losses(value, trainer):
-    batch = {name: replace(view, image=torch.full_like(view.image, value)) for name, view in first_batch(trainer).items()}
-    losses = trainer.step(trainer.model, batch)
-    losses["total"].backward()
-    assert all(bool(loss.isfinite()) for loss in losses.values())
-    assert all(bool(p.grad.isfinite().all()) for p in trainer.model.parameters() if p.grad is not None)
-
-
 def test_a_batch_of_one_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="ReconContrastTrainer compares samples and needs two") as error:
         Pair(ReconContrastTrainer, "primus").trainer(tmp_path, batch_size=1)

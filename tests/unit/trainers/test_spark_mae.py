@@ -11,12 +11,12 @@ from torch import nn
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.data.loader import batches
 from nnssl_ext.data.masking import block_grid, stride_block
 from nnssl_ext.nn import parallel
 from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.trainers.spark_mae import SparkMAETrainer
 from tests.make_data import ArrayStore, tiny_plan
+from tests.toy_trainers import trained
 
 FOUR = {
     "n_stages": 4,
@@ -43,17 +43,6 @@ def ready(*arguments, **options):
     trainer.initialize()
     trainer.waited = 0.0
     return trainer
-
-
-def trained(run, steps=3):
-    """Losses and gradient norms of some steps."""
-    loader = batches(run._dataset(run.train_cases, "train"), 0, steps)
-    found = []
-    for step in range(steps):
-        with run.health.watch(step):
-            outcome = run._update(step, loader)
-        found.append((outcome.values["total"], outcome.norm))
-    return found
 
 
 @pytest.mark.parametrize(
