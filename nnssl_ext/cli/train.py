@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,7 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser_ = arguments()
     parser_.set_defaults(argv=argv)
-    return run(parser_, _main, argv)
+    code = run(parser_, _main, argv)
+    if "RANK" in os.environ:
+        from nnssl_ext.nn.distributed import leave
+
+        leave(code)
+    return code
 
 
 def _main(options: argparse.Namespace) -> int:

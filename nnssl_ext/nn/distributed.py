@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,6 +114,18 @@ def group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of a group: run what was registered with atexit, flush the output, and leave out the teardown of the interpreter.
+
+    `DistributedDataParallel` keeps gloo's threads alive after their group; one that lets go of a tensor while the interpreter is
+    torn down ends the process with SIGABRT ("terminate called without an active exception"), after all work was done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launch(command: Sequence[str], processes: int) -> int:

@@ -25,6 +25,21 @@ with distributed.group("cpu"):
     torch.save(test_distributed.work(), f"{sys.argv[1]}/{distributed.rank()}.pt")
 """
 
+LEAVING = """
+import atexit, os, sys, torch
+from nnssl_ext.nn import distributed
+class Teardown:
+    def __del__(self):
+        os.abort()
+kept = Teardown()
+with distributed.group("cpu"):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+atexit.register(lambda: open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").close())
+print("all is done", file=open(f"{sys.argv[1]}/out{os.environ['RANK']}", "w"))
+distributed.leave(3 if os.environ["RANK"] == "1" else 0)
+"""
+
 
 def rows(count: int, number: int) -> Tensor:
     return torch.randn(count, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
@@ -166,3 +181,8 @@ def test_batch_normalisation_of_two_processes_and_its_averaged_gradients_are_tho
     for half in found:
         for one, other in zip(half["siamese"][(4, 4)], expected, strict=True):
             same(one, other)
+
+
+def test_a_process_leaves_its_group_without_the_interpreters_teardown_but_with_all_that_was_registered_for_its_end(tmp_path):
+    assert distributed.launch([sys.executable, "-c", LEAVING, str(tmp_path)], 2) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "out0", "out1"}
