@@ -1,4 +1,4 @@
-"""Retrieval of corresponding patches across two views of a case: a figure of the quality of dense features that needs no labels."""
+"""What corresponds in two views of a case: cells and voxels at the same places, and the retrieval of one by the other's features."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnssl_ext.nn.warp import identity_grid
 
 QUERIES = 256  # of each sample, at most
 REACH = 1.0  # tokens; how far from the true place the retrieved token may lie
@@ -49,8 +51,51 @@ def retrieval(
     return {"hits": (hits * valid_BQ).sum() / count.clamp_min(1), "chance": (chance * valid_BQ).sum() / count.clamp_min(1), "count": count}
 
 
+def shared_grid(affine_a: Tensor, affine_b: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
+    """Where to read the maps of two views so that both are read at the same places of the case, evenly spread over what they share.
+
+    The places go from the first to the last cell centre that lies among those of both views, as many along each axis as a map has
+    cells: no value is extrapolated, and views of the same crop are read at their cells. Where less than one cell is shared along
+    an axis, the nearest cells are read.
+
+    Args:
+        affine_a, affine_b: from voxels of each view to voxels of the case, (B, 3, 4), see `data.spatial`; of views that are shifted,
+            zoomed and mirrored against each other, not turned.
+        grid: cells of a map, (d, h, w).
+        cell: voxels of a cell, (z, y, x).
+
+    Returns:
+        displacements (2, B, 3, d, h, w) in cells, by which `warp.warp` reads the map of either view; on the affines' device.
+    """
+    edge_3, last_3 = (affine_a.new_tensor(x, dtype=torch.float64) for x in (cell, [n - 1 for n in grid]))
+    affine_a, affine_b = affine_a.double(), affine_b.double()
+
+    def carried(cells_BQ3: Tensor, source: Tensor, goal: Tensor) -> Tensor:
+        return (_carry((cells_BQ3 + 0.5) * edge_3 - 0.5, source, goal) + 0.5) / edge_3 - 0.5
+
+    ends_B23 = carried(torch.stack((torch.zeros_like(last_3), last_3)).expand(len(affine_a), -1, -1), affine_b, affine_a)
+    low_B3, high_B3 = ends_B23.amin(1).clamp_min(0), torch.minimum(ends_B23.amax(1), last_3)
+    cells_3DHW = identity_grid(grid, edge_3)
+    share_Q3 = cells_3DHW.flatten(1).T / last_3.clamp_min(1)
+    places_BQ3 = low_B3[:, None] + share_Q3 * (high_B3 - low_B3)[:, None]
+    both = torch.stack((places_BQ3, carried(places_BQ3, affine_a, affine_b)))
+    return both.mT.unflatten(3, tuple(grid)) - cells_3DHW
+
+
+def shared_voxels(affine_a: Tensor, affine_b: Tensor, shape: Sequence[int]) -> Tensor:
+    """Which voxels of view a lie in view b, (B, z, y, x) bool, on the affines' device.
+
+    Args:
+        affine_a, affine_b: as of `retrieval`.
+        shape: voxels of either view.
+    """
+    places_BQ3 = _carry(identity_grid(shape, affine_a.double()).flatten(1).T, affine_a.double(), affine_b.double())
+    size_3 = places_BQ3.new_tensor(shape)
+    return ((places_BQ3 >= -0.5 - _EXACT) & (places_BQ3 <= size_3 - 0.5 + _EXACT)).all(2).unflatten(1, tuple(shape))
+
+
 def _carry(points_Q3: Tensor, affine_a: Tensor, affine_b: Tensor) -> Tensor:
-    """Voxels of view a as voxels of view b, (B, Q, 3)."""
+    """Voxels (Q, 3) or (B, Q, 3) of view a as voxels of view b, (B, Q, 3)."""
     case_BQ3 = points_Q3 @ affine_a[:, :, :3].mT + affine_a[:, None, :, 3]
     carried: Tensor = (case_BQ3 - affine_b[:, None, :, 3]) @ torch.linalg.inv(affine_b[:, :, :3]).mT
     return carried

@@ -16,7 +16,7 @@ from nnssl_ext.core.files import atomic_path
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.tokens import voxel_mask
-from nnssl_ext.trainers.colours import pca_rgb
+from nnssl_ext.trainers.colours import cluster_rgb, pca_rgb
 
 if TYPE_CHECKING:
     from nnssl_ext.trainers.base import SSLTrainer
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 PLANES = ("axial", "coronal", "sagittal")
 TILE, GAP, MARGIN, LINE = 150, 4, 92, 18  # pixels: a slice's longest edge, between slices, captions at the left, a line of text
 SAMPLES, VIEWS = 2, 4  # that are shown, at most
+DARK = 0.35  # of the brightness is left where a picture points elsewhere
 COARSEST = 8  # voxels per cell of the feature map that is shown, at most (unless the network has none as fine)
 
-Rows = Sequence[Mapping[str, np.ndarray]]
+Slices = tuple[np.ndarray, np.ndarray, np.ndarray]
+Rows = Sequence[Mapping[str, np.ndarray | Slices | str]]
 
 
 def draw_run(trainer: SSLTrainer, batch: Batch, path: Path) -> None:
@@ -43,7 +45,7 @@ def draw_run(trainer: SSLTrainer, batch: Batch, path: Path) -> None:
             colours = pca_rgb(backbone.pyramid(view.image[: len(rows)])[level].float())
             for row, image, colour in zip(rows, view.image.float().cpu().numpy(), colours):
                 row["features (PCA)"] = blend(image[0], colour)
-    draw_volumes(rows, path, f"{type(trainer).__name__}, {trainer.family}, step {trainer.next_step}", trainer.config_plan.spacing or (1.0, 1.0, 1.0))
+    draw_volumes(rows, path, f"{type(trainer).__name__}, {trainer.family}, step {trainer.next_step}", trainer.config_plan.spacing_for((1.0, 1.0, 1.0)))
 
 
 def view_rows(batch: Batch) -> list[dict[str, np.ndarray]]:
@@ -105,46 +107,67 @@ def blend(image: np.ndarray, colours: np.ndarray, amount: float = 0.6) -> np.nda
     return amount * enlarge(colours, image.shape) * (0.35 + 0.65 * grey) + (1 - amount) * grey
 
 
-def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
-    """Three middle slices of every volume: a line per caption, three columns per sample; lengths in proportion to mm.
+def cluster_rows(views: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict[str, np.ndarray]]:
+    """Views of some samples, and the likeliest cluster of each of their cells in colour; dark where other views don't reach.
 
     Args:
-        rows: volumes of each sample by caption: grey (z, y, x), all of a sample on the scale of its first one (1-99 %), or colours (z, y, x, 3) in [0, 1].
+        views: by name: crops (B, C, z, y, x), of which the first channel is shown; clusters (B, K, d, h, w), probabilities or
+            logits; which voxels other views share, (B, z, y, x) bool.
+    """
+    rows = volume_rows({name: image for name, (image, _, _) in views.items()})
+    for name, (_, clusters, shared) in views.items():
+        for row, colours, light in zip(rows, cluster_rgb(clusters), shared.cpu().numpy()):
+            row[f"{name} (clusters)"] = blend(row[name], colours) * np.where(light, 1.0, DARK)[..., None]
+    return rows
+
+
+def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    """Three slices of every volume, the middle ones: a line per caption, three columns per sample; lengths in proportion to mm.
+
+    Args:
+        rows: what is shown of each sample, by caption: grey (z, y, x), all of a sample on the scale of its first one (1-99 %), colours
+            (z, y, x, 3) in [0, 1], three slices of either (axial, coronal, sagittal), or a text, which stands above the sample.
         path: PNG file.
         title: above the picture.
         spacing: mm, (z, y, x).
     """
-    captions = list(rows[0])
+    captions = [caption for caption, shown in rows[0].items() if not isinstance(shown, str)]
+    texts = [", ".join(f"{name} {text}" for name, text in row.items() if isinstance(text, str)) for row in rows]
+    head = (3 if any(texts) else 2) * LINE + 2
     width = MARGIN + len(rows) * (3 * (TILE + GAP) + GAP)
-    canvas = Image.new("RGB", (width, 2 * LINE + 4 + len(captions) * (TILE + GAP)), "white")
+    canvas = Image.new("RGB", (width, head + 2 + len(captions) * (TILE + GAP)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     pen.text((4, 2), title, fill="black", font=font)
-    for sample, volumes in enumerate(rows):
+    for sample, (volumes, text) in enumerate(zip(rows, texts)):
         left = MARGIN + sample * (3 * (TILE + GAP) + GAP)
-        grey = next((volume for volume in volumes.values() if volume.ndim == 3), np.zeros((1, 1, 1)))
+        pen.text((left, LINE + 1), text, fill="black", font=font)
+        grey = next((volume for volume in volumes.values() if isinstance(volume, np.ndarray) and volume.ndim == 3), np.zeros((1, 1, 1)))
         low, high = np.percentile(grey, (1, 99))
         for line, caption in enumerate(captions):
-            top = 2 * LINE + 2 + line * (TILE + GAP)
+            top = head + line * (TILE + GAP)
             if sample == 0:
                 pen.multiline_text((4, top + 4), caption.replace(" (", "\n(").replace(", ", ",\n"), fill="black", font=font)
             for plane, name in enumerate(PLANES):
                 x = left + plane * (TILE + GAP)
                 if line == 0:
-                    pen.text((x, LINE + 1), name, fill="black", font=font)
+                    pen.text((x, head - LINE - 1), name, fill="black", font=font)
                 tile = _slice(volumes[caption], plane, spacing, low, high)
                 canvas.paste(tile, (x + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
     with atomic_path(path) as temporary:
         canvas.save(temporary, format="png", optimize=True)
 
 
-def _slice(volume: np.ndarray, plane: int, spacing: Sequence[float], low: float, high: float) -> Image.Image:
-    """The middle slice across an axis, head up, enlarged to fit a tile."""
-    cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
-    if volume.ndim == 3:
+def _slice(volume: np.ndarray | Slices | str, plane: int, spacing: Sequence[float], low: float, high: float) -> Image.Image:
+    """The slice across an axis, the middle one of a volume, head up, enlarged to fit a tile."""
+    assert not isinstance(volume, str)
+    whole = isinstance(volume, np.ndarray)
+    shape = volume.shape[:3] if whole else (volume[1].shape[0], *volume[0].shape[:2])
+    cut = np.take(volume, shape[plane] // 2, axis=plane) if whole else volume[plane]
+    if cut.ndim == 2:
         cut = (cut - low) / max(high - low, 1e-6)
     pixels = (255 * np.clip(cut if plane == 0 else cut[::-1], 0, 1)).round().astype(np.uint8)
-    edges = np.array([n * mm for axis, (n, mm) in enumerate(zip(volume.shape[:3], spacing)) if axis != plane])
-    longest = max(n * mm for n, mm in zip(volume.shape[:3], spacing))
+    edges = np.array([n * mm for axis, (n, mm) in enumerate(zip(shape, spacing)) if axis != plane])
+    longest = max(n * mm for n, mm in zip(shape, spacing))
     height, wide = np.maximum(1, np.round(TILE * edges / longest)).astype(int)
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB").resize((int(wide), int(height)), Image.Resampling.BICUBIC)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nnssl_ext.data.spatial import make_affine, rotation_matrix, to_case, to_crop
-from nnssl_ext.nn.correspondence import QUERIES, retrieval
+from nnssl_ext.nn.correspondence import QUERIES, retrieval, shared_grid, shared_voxels
+from nnssl_ext.nn.warp import warp
 
 GRID, TOKEN = (4, 5, 6), (4, 2, 3)
 SIZE = tuple(g * t for g, t in zip(GRID, TOKEN))
@@ -133,3 +134,60 @@ def test_half_precision_under_autocast_is_compared_in_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         found = retrieval(a, b, *arguments)
     assert found == retrieval(a.float(), b.float(), *arguments)
+
+
+# Reading two maps at the same places
+
+PAIRS = {
+    "shifted by whole voxels": (affine((20, 20, 20)), affine((24, 17, 25))),
+    "mirrored alike": (affine((20, 20, 20), mirrored=(True, False, True)), affine((22, 23, 18), mirrored=(True, False, True))),
+    "mirrored apart and zoomed": (
+        affine((20, 20, 20), zoom=1.2, mirrored=(False, True, False)),
+        affine((21.3, 19, 20.5), zoom=0.9, mirrored=(True, False, False)),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_maps_of_places_are_equal_when_both_are_read_at_the_shared_ones(pair):
+    maps = [torch.from_numpy(centres(of)).T.reshape(1, 3, *GRID) for of in pair]
+    a, b = (warp(*both) for both in zip(maps, shared_grid(tensor(pair[0]), tensor(pair[1]), GRID, TOKEN)))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    spans = [(m.amin((0, 2, 3, 4)), m.amax((0, 2, 3, 4))) for m in maps]
+    torch.testing.assert_close(a.amin((0, 2, 3, 4)), torch.maximum(spans[0][0], spans[1][0]))  # the places reach from one end of what is shared to the other
+    torch.testing.assert_close(a.amax((0, 2, 3, 4)), torch.minimum(spans[0][1], spans[1][1]))
+    for axis in range(3):  # evenly
+        steps = a[0, axis].diff(dim=axis)
+        torch.testing.assert_close(steps, steps.flatten()[0].expand_as(steps))
+
+
+def test_two_views_of_one_crop_are_read_at_their_cells_and_every_sample_by_its_own_affines():
+    one, other = PAIRS["mirrored alike"]
+    both = shared_grid(tensor(one, one), tensor(one, other), GRID, TOKEN)
+    assert both.shape == (2, 2, 3, *GRID) and both[:, 0].abs().max() < 1e-12 < both[:, 1].abs().max()
+    torch.testing.assert_close(both[:, 1:], shared_grid(tensor(one), tensor(other), GRID, TOKEN))
+
+
+def test_views_that_share_less_than_a_cell_are_read_within_a_cell_of_the_same_places():
+    pair = affine((20, 20, 20)), affine((34, 20, 20))  # two voxels of a cell of four are shared along the first axis
+    maps = [torch.from_numpy(centres(of)).T.reshape(1, 3, *GRID) for of in pair]
+    a, b = (warp(*both) for both in zip(maps, shared_grid(tensor(pair[0]), tensor(pair[1]), GRID, TOKEN)))
+    assert (a - b)[:, 1:].abs().max() < 1e-9 and 0 < (a - b)[:, 0].abs().max() <= TOKEN[0]
+
+
+def test_a_map_of_one_cell_along_an_axis_is_read_there():
+    both = shared_grid(tensor(affine((20, 20, 20))), tensor(affine((21, 20, 20))), (1, 2, 2), (16, 10, 9))
+    assert both.isfinite().all() and both[1, :, 1:].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("pair", [*PAIRS.values(), (affine((20, 20, 20)), affine((22, 21, 19), (20, -10, 30)))], ids=[*PAIRS, "turned"])
+def test_shared_voxels_are_those_whose_centre_lies_in_the_other_view(pair):
+    mask = shared_voxels(tensor(pair[0]), tensor(pair[1]), SIZE)[0]
+    places = to_crop(pair[1], to_case(pair[0], np.stack(np.meshgrid(*map(np.arange, SIZE), indexing="ij"), -1)))
+    assert np.array_equal(mask.numpy(), np.all([(-0.5 - 1e-6 <= places[..., k]) & (places[..., k] <= SIZE[k] - 0.5 + 1e-6) for k in range(3)], axis=0))
+    assert 0 < int(mask.sum()) < mask.numel()
+
+
+def test_the_share_of_the_voxels_of_crops_that_are_only_shifted_is_that_of_their_boxes():
+    mask = shared_voxels(*(tensor(of) for of in PAIRS["shifted by whole voxels"]), SIZE)
+    assert int(mask.sum()) == (SIZE[0] - 4) * (SIZE[1] - 3) * (SIZE[2] - 5)

@@ -8,7 +8,7 @@ from PIL import Image
 from nnssl_ext.trainers import pictures
 from nnssl_ext.trainers.colours import cluster_rgb, label_colour, pca_rgb
 from nnssl_ext.trainers.mae import MAETrainer
-from nnssl_ext.trainers.pictures import MARGIN, TILE, blend, draw_run, draw_volumes, enlarge, feature_level
+from nnssl_ext.trainers.pictures import DARK, MARGIN, TILE, blend, cluster_rows, draw_run, draw_volumes, enlarge, feature_level
 from tests.make_data import ArrayStore, make_plan
 
 
@@ -53,6 +53,17 @@ def test_clusters_have_the_colour_of_the_likeliest():
     colours = cluster_rgb(assignments)
     np.testing.assert_allclose(colours[0, :, 0, 0], [label_colour(3), label_colour(1)], atol=1e-6)
     assert len({label_colour(number) for number in range(64)}) == 64
+
+
+def test_rows_of_clusters_show_their_colours_and_are_dark_where_nothing_is_shared():
+    image, clusters, shared = torch.rand(2, 1, 4, 4, 4), torch.randn(2, 5, 2, 2, 2), torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    shared[:, :2] = True
+    rows = cluster_rows({"first": (image, clusters, shared), "second": (image.flip(0), clusters, ~shared)})
+    assert [list(row) for row in rows] == [["first", "second", "first (clusters)", "second (clusters)"]] * 2
+    for sample, row in enumerate(rows):
+        bright = blend(image[sample, 0].numpy(), cluster_rgb(clusters)[sample])
+        np.testing.assert_allclose(row["first (clusters)"][:2], bright[:2])
+        np.testing.assert_allclose(row["first (clusters)"][2:], DARK * bright[2:])
 
 
 def test_cells_are_enlarged_to_their_voxels():
