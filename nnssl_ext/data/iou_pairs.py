@@ -26,7 +26,8 @@ _MOST = 2**63 - 1  # pairs that can be counted; of crops of 96^3, those in a cas
 class _Axis:
     """All pairs of positions of two intervals along one axis, numbered so that those that overlap less come first.
 
-    An interval that is longer than the axis has one position, about its middle.
+    An interval that is longer than the axis has one position, about its middle. Intervals of one voxel each have the same
+    position: crops of slices are of one slice.
 
     Args:
         length: voxels of the axis.
@@ -38,7 +39,7 @@ class _Axis:
 
     def __init__(self, length: int, first: int, second: int) -> None:
         (low_a, high_a), (low_b, high_b) = _starts(length, first), _starts(length, second)
-        shifts = np.arange(low_b - high_a, high_b - low_a + 1)
+        shifts = np.zeros(1, int) if first == second == 1 else np.arange(low_b - high_a, high_b - low_a + 1)
         overlap = np.maximum(0, np.minimum(first, shifts + second) - np.maximum(0, shifts))
         order = np.argsort(overlap, kind="stable")
         self.shifts = shifts[order]
@@ -146,7 +147,7 @@ def random_pair(
     minimum: float = 0.0,
     parts: int = 1,
 ) -> tuple[Box, Box]:
-    """Two boxes inside `within`, in any number of dimensions, whose IoU lies in an interval.
+    """Two boxes inside `within`, in any number of dimensions, whose IoU lies in an interval; along an axis where both have one voxel it is the same.
 
     Uniform over all such pairs, of which more have a low IoU (a mean of 0.4 in [0.3, 0.6]); or first over equal parts of the
     interval and then over the pairs of one of them: with ten parts nearly uniform over the IoU. A box that is longer than
@@ -180,6 +181,16 @@ def random_pair(
             break
     assert best is not None
     return best
+
+
+def room(shape: tuple[int, ...], first: Sequence[int], second: Sequence[int], iou: tuple[float, float], parts: int = 1) -> Box:
+    """Where to look for pairs of crops: the case or, where it is too small for any, a box about its middle that is long enough for the lowest IoU."""
+    if pairs_within(shape, tuple(first), tuple(second), iou, parts):
+        return whole(shape)
+    axes = sum(max(a, b) > 1 for a, b in zip(first, second))  # two of slices
+    kept = (2 * iou[0] / (1 + iou[0])) ** (1 / axes)  # share of an edge in pairs of the lowest IoU that are shifted alike along all axes
+    longer = [max(0, math.ceil((2 - kept) * max(a, b)) - n) if max(a, b) > 1 else 0 for n, a, b in zip(shape, first, second)]
+    return tuple((-(more // 2), n + more - more // 2) for n, more in zip(shape, longer))
 
 
 def _text(size: Sequence[int]) -> str:
@@ -217,21 +228,17 @@ class IoUPair:
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         size = self.turning.size if self.turning else self.patch_size
         body = store.body(case) if self.body else None
-        boxes = random_pair(self._within(store.shape(case), size), size, size, self.iou, rng, body=body, minimum=self.body, parts=self.parts)
-        mirrored = [self.spatial.draw_mirror(rng)] * 2
+        boxes = random_pair(
+            room(store.shape(case), size, size, self.iou, self.parts), size, size, self.iou, rng, body=body, minimum=self.body, parts=self.parts
+        )
+        spatial = self.spatial.within(size)
+        mirrored = [spatial.draw_mirror(rng)] * 2
         if self.apart:
-            mirrored[1] = self.spatial.draw_mirror(rng)
-        affines = [place(store, case, box, size, np.ones(3), self.spatial.draw_rotation(rng), axes) for box, axes in zip(boxes, mirrored)]
+            mirrored[1] = spatial.draw_mirror(rng)
+        affines = [place(store, case, box, size, np.ones(3), spatial.draw_rotation(rng), axes) for box, axes in zip(boxes, mirrored)]
         views = {}
         for name, image, affine in zip(("first", "second"), read_crops(store, case, affines, [size] * 2), affines):
             if self.turning:
                 image, affine = turn(image, affine, int(rng.choice(self.turning.turns)), self.turning.plane)
             views[name] = View(image, affine, intensity=self.intensity.draw(len(image), rng))
         return views
-
-    def _within(self, shape: tuple[int, ...], size: tuple[int, ...]) -> Box:
-        if pairs_within(shape, size, size, self.iou, self.parts):
-            return whole(shape)
-        kept = (2 * self.iou[0] / (1 + self.iou[0])) ** (1 / len(size))  # share of an edge in pairs of the lowest IoU that are shifted alike along all axes
-        longer = [max(0, math.ceil((2 - kept) * s) - n) for n, s in zip(shape, size)]
-        return tuple((-(more // 2), n + more - more // 2) for n, more in zip(shape, longer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,15 +85,37 @@ def read_crops(store: CaseStore, case: int, affines: Sequence[np.ndarray], sizes
     return crops
 
 
-def _extent(size: Sequence[int], zoom: np.ndarray) -> list[int]:
+def extent(size: Sequence[int], zoom: np.ndarray) -> tuple[int, ...]:
     """Voxels of the case between whose centres those of a zoomed crop fit."""
-    return [int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom)]
+    return tuple(int(np.ceil((s - 1) * z)) + 1 for s, z in zip(size, zoom))
 
 
 def place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, rotation: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """The affine of a crop in the middle of a box."""
     spacing = (1.0, 1.0, 1.0) if np.array_equal(rotation, np.eye(3)) else store.geometry(case).spacing  # it cancels without rotation
     return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
+
+
+def cut(
+    store: CaseStore,
+    case: int,
+    crops: Mapping[str, tuple[Box, Sequence[int], np.ndarray]],
+    spatial: Spatial,
+    intensity: Intensity,
+    rng: np.random.Generator,
+) -> dict[str, View]:
+    """Several crops of one case as views, all mirrored alike: a network that has to say the same of mirrored anatomy may not see what is left and what is up.
+
+    Args:
+        crops: by name the box that each shows (before it is turned), its voxels (z, y, x), and its zoom (3,).
+        spatial: how each crop is turned, and how all of them are mirrored (its zoom is not used).
+        intensity: augmentation of each crop's values.
+    """
+    spatial = spatial.within(next(iter(crops.values()))[1])
+    mirrored = spatial.draw_mirror(rng)
+    affines = [place(store, case, box, size, zoom, spatial.draw_rotation(rng), mirrored) for box, size, zoom in crops.values()]
+    images = read_crops(store, case, affines, [size for _, size, _ in crops.values()])
+    return {name: View(image, affine, intensity=intensity.draw(len(image), rng)) for name, image, affine in zip(crops, images, affines)}
 
 
 @dataclass(frozen=True)
@@ -113,10 +135,11 @@ class Crop:
     body: float = 0.25
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
-        zoom = self.spatial.draw_zoom(rng)
+        spatial = self.spatial.within(self.patch_size)
+        zoom = spatial.draw_zoom(rng)
         body = store.body(case) if self.body else None
-        box = random_box(whole(store.shape(case)), _extent(self.patch_size, zoom), rng, body, self.body)
-        affine = place(store, case, box, self.patch_size, zoom, *self.spatial.draw_turn(rng))
+        box = random_box(whole(store.shape(case)), extent(self.patch_size, zoom), rng, body, self.body)
+        affine = place(store, case, box, self.patch_size, zoom, *spatial.draw_turn(rng))
         image = read_crops(store, case, [affine], [self.patch_size])[0]
         return {"image": View(image, affine, intensity=self.intensity.draw(len(image), rng))}
 
@@ -158,27 +181,25 @@ class MultiCrop:
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         body = store.body(case) if self.body else None
         shape = store.shape(case)
-        edges = [min(n, round(self.box * s)) for n, s in zip(shape, self.global_size)]
+        edges = [1 if s == 1 else min(n, round(self.box * s)) for n, s in zip(shape, self.global_size)]  # of slices all crops are of one
         around = random_box(whole(shape), edges, rng, body, self.body)
 
-        def draw(size: Sequence[int], share: tuple[float, float]) -> tuple[np.ndarray, Box]:
+        def draw(size: Sequence[int], share: tuple[float, float]) -> tuple[Box, Sequence[int], np.ndarray]:
             zoom = np.full(3, self._zoom(size, share, edges, rng))
-            return zoom, random_box(around, _extent(size, zoom), rng, body, self.body)
+            return random_box(around, extent(size, zoom), rng, body, self.body), size, zoom
 
-        crops = self._pair(lambda: draw(self.global_size, self.global_share)) + [draw(self.local_size, self.local_share) for _ in range(self.locals)]
-        sizes = {f"global_{i}": self.global_size for i in range(2)} | {f"local_{i}": self.local_size for i in range(self.locals)}
-        mirrored = self.spatial.draw_mirror(rng)
-        affines = [place(store, case, box, size, zoom, self.spatial.draw_rotation(rng), mirrored) for (zoom, box), size in zip(crops, sizes.values())]
-        images = read_crops(store, case, affines, list(sizes.values()))
-        return {name: View(image, affine, intensity=self.intensity.draw(len(image), rng)) for name, image, affine in zip(sizes, images, affines)}
+        globals_ = {f"global_{i}": crop for i, crop in enumerate(self._pair(lambda: draw(self.global_size, self.global_share)))}
+        return cut(
+            store, case, globals_ | {f"local_{i}": draw(self.local_size, self.local_share) for i in range(self.locals)}, self.spatial, self.intensity, rng
+        )
 
-    def _pair(self, draw: Callable[[], tuple[np.ndarray, Box]]) -> list[tuple[np.ndarray, Box]]:
-        """Zoom and box of the two large crops: the first draw within the wanted overlap, or the one nearest to it."""
+    def _pair(self, draw: Callable[[], tuple[Box, Sequence[int], np.ndarray]]) -> list[tuple[Box, Sequence[int], np.ndarray]]:
+        """Box, size and zoom of the two large crops: the first draw within the wanted overlap, or the one nearest to it."""
         low, high = self.overlap or (0.0, 1.0)
         best, least = [], np.inf
         for _ in range(_TRIES):
             pair = [draw(), draw()]
-            shared = iou(pair[0][1], pair[1][1])
+            shared = iou(pair[0][0], pair[1][0])
             off = max(low - shared, shared - high)
             if off < least:
                 best, least = pair, off
@@ -188,6 +209,7 @@ class MultiCrop:
 
     def _zoom(self, size: Sequence[int], share: tuple[float, float], edges: Sequence[int], rng: np.random.Generator) -> float:
         """One factor for all axes; as large as fits into the clipped box at most, but never below that of the smallest share."""
-        full = self.box**3 * np.prod(self.global_size) / np.prod(size)
-        fits = min((e - 1) / (s - 1) if s > 1 else np.inf for e, s in zip(edges, size)) ** 3 / full
-        return float((rng.uniform(share[0], np.clip(fits, *share)) * full) ** (1 / 3))
+        axes = sum(s > 1 for s in size)  # two of slices
+        full = self.box**axes * np.prod(self.global_size) / np.prod(size)
+        fits = min((e - 1) / (s - 1) if s > 1 else np.inf for e, s in zip(edges, size)) ** axes / full
+        return float((rng.uniform(share[0], np.clip(fits, *share)) * full) ** (1 / axes))
