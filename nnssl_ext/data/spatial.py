@@ -7,7 +7,7 @@ overlaps and dense correspondences of views follow from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,19 @@ class Spatial:
     p_zoom: float = 0.0
     mirror: tuple[bool, bool, bool] = (True, True, True)
     p_mirror: float = 1.0
+
+    def within(self, size: Sequence[int]) -> Spatial:
+        """The same for crops of `size` voxels, (z, y, x): a slice, which has one voxel along an axis, is turned, zoomed and mirrored in its plane."""
+        thin = [edge == 1 for edge in size]
+        if not any(thin):
+            return self
+        across = [any(thin[:axis] + thin[axis + 1 :]) for axis in range(3)]  # a turn about this axis would leave the slice
+        return replace(
+            self,
+            rotation=tuple(0.0 if leaves else angle for leaves, angle in zip(across, self.rotation)),
+            zoom=tuple((1.0, 1.0) if one else bounds for one, bounds in zip(thin, self.zoom)),
+            mirror=tuple(not one and may for one, may in zip(thin, self.mirror)),
+        )
 
     def draw_zoom(self, rng: np.random.Generator) -> np.ndarray:
         """Factor of each axis; draws nothing where it is never zoomed."""
