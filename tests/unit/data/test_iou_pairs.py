@@ -25,6 +25,11 @@ CASES = [  # volume, crops, interval
     ((6, 5, 5), (3, 3, 3), (2, 4, 3), (0.2, 0.9)),
     ((5, 3, 6), (3, 4, 3), (3, 5, 3), (0, 1)),  # an axis shorter than the crops
 ]
+CORNERS = [  # crops that share nothing, all, little but something, whatever comes; in slices and in volumes
+    (*sizes, interval)
+    for sizes in (((3, 7, 6), (1, 4, 3), (1, 4, 3)), ((5, 6, 5), (3, 3, 3), (3, 3, 3)))
+    for interval in ((0.0, 0.0), (1.0, 1.0), (0.0001, 0.3), (0.0, 1.0))
+]
 LARGE = ((0, 300),) * 3, (96,) * 3, (96,) * 3
 
 
@@ -33,13 +38,14 @@ def shared(first, second):
 
 
 def enumerated(lengths, first, second, interval):
-    """Starts of all pairs, one position after the other, each compared as a fraction."""
+    """Starts of all pairs, one position after the other, each compared as a fraction; of slices those of one slice."""
     low, high = (Fraction(str(edge)) for edge in interval)
     places = [product(*(range(n - s + 1) if n >= s else [(n - s) // 2] for n, s in zip(lengths, size))) for size in (first, second)]
     found = []
     for a, b in product(*map(list, places)):
         common = shared([(p, p + n) for p, n in zip(a, first)], [(p, p + n) for p, n in zip(b, second)])
-        if low <= Fraction(common, prod(first) + prod(second) - common) <= high:
+        together = all(p == q for p, q, m, n in zip(a, b, first, second) if m == n == 1)
+        if together and low <= Fraction(common, prod(first) + prod(second) - common) <= high:
             found.append((a, b))
     return found
 
@@ -49,20 +55,20 @@ def starts(boxes):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("lengths, first, second, interval", CASES, ids=str)
+@pytest.mark.parametrize("lengths, first, second, interval", [*CASES, *CORNERS], ids=str)
 def test_the_numbered_pairs_are_those_of_a_plain_enumeration_each_once(lengths, first, second, interval, parts):
     numbered = [tuple(map(tuple, group.pair(n))) for group in pairs_within(lengths, first, second, interval, parts) for n in range(group.count)]
     expected = enumerated(lengths, first, second, interval)
     assert expected and len(numbered) == len(expected) and set(numbered) == set(expected)
 
 
-@pytest.mark.parametrize("lengths, first, second, interval", [CASES[1], CASES[2], CASES[5], CASES[6]], ids=str)
+@pytest.mark.parametrize("lengths, first, second, interval", [CASES[1], CASES[2], CASES[5], CASES[6], *CORNERS], ids=str)
 def test_every_pair_is_drawn_equally_often(lengths, first, second, interval):
     every = enumerated(lengths, first, second, interval)
-    counts, rng, times = dict.fromkeys(every, 0), np.random.default_rng(0), 20 * len(every)
-    for _ in range(times):
+    counts, rng, expected = dict.fromkeys(every, 0), np.random.default_rng(0), min(20, 10_000 / len(every))
+    for _ in range(round(expected * len(every))):
         counts[starts(random_pair(whole(lengths), first, second, interval, rng))] += 1
-    chi_square = sum((count - 20) ** 2 / 20 for count in counts.values())
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
     freedom = len(every) - 1
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and variance of the distribution
 
@@ -138,6 +144,19 @@ def test_a_case_that_is_large_enough_is_not_padded_along_any_axis():
     for number in range(20):
         views = spec.sample(store, 0, sample_rng(0, number))
         assert all(low >= 0 and high <= n for view in views.values() for (low, high), n in zip(bounds(view.affine, (16,) * 3), (16, 48, 20)))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.0), (1.0, 1.0), (0.0001, 0.3), (0.0, 1.0), (0.3, 0.6)], ids=str)
+@pytest.mark.parametrize("patch", [(1, 16, 16), (1, 16, 9), (16, 16, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (1, 40, 44), (4, 40, 44), (20, 20, 20)], ids=str)
+def test_slices_and_volumes_have_pairs_that_share_nothing_all_or_little(shape, patch, interval):
+    store, spec, found = ArrayStore(1, shape), IoUPair(patch, interval), set()
+    for number in range(20):
+        boxes = [bounds(view.affine, patch) for view in spec.sample(store, 0, sample_rng(0, number)).values()]
+        found.add(iou(*boxes))
+        assert patch[0] > 1 or (boxes[0][0] == boxes[1][0] and 0 <= boxes[0][0][0] < shape[0])  # one slice, never one that there isn't
+    assert interval[0] <= min(found) and max(found) <= interval[1]
+    assert len(found) > 1 or interval[0] == interval[1] or shape == (1, 16, 16)
 
 
 def mirrored(view):
