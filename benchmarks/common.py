@@ -105,6 +105,34 @@ def make_plan(patch_size: tuple[int, int, int], family: str, network: NetworkPla
     return Plan("Dataset999_Benchmark", "nnsslPlans", "Planner", 1, 8.0, "0" * 64, (), {"3d_fullres": config})
 
 
+class ArrayLabels:
+    """The reading side of `ClusterLabels`, in memory.
+
+    Args:
+        arrays: labels of each case, (1, z, y, x).
+        classes: number of clusters.
+    """
+
+    model = "0" * 64
+
+    def __init__(self, arrays: Sequence[np.ndarray], classes: int) -> None:
+        self.arrays, self.classes = arrays, classes
+
+    def shape(self, case: int) -> tuple[int, ...]:
+        return self.arrays[case].shape[1:]
+
+    def fill(self, case: int) -> list[float]:
+        return [0.0]
+
+    def read(self, case: int, box: Sequence[tuple[int, int]]) -> np.ndarray:
+        return self.arrays[case][(slice(None), *(slice(low, high) for low, high in box))].copy()
+
+
+def intensity_labels(arrays: Iterable[np.ndarray]) -> ArrayLabels:
+    """Four clusters of normalised volumes (C, z, y, x), by the intensity of the first channel."""
+    return ArrayLabels([1 + np.digitize(array[:1], (-1.0, 0.0, 1.0)).astype(np.uint8) for array in arrays], 4)
+
+
 class NoiseStore:
     """The reading side of a case store: white noise, no files."""
 
@@ -135,6 +163,9 @@ class NoiseStore:
 
     def read(self, case: int, box: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         return self.arrays[case] if box is None else self.arrays[case][(slice(None), *(slice(low, high) for low, high in box))].copy()
+
+    def clusters(self) -> ArrayLabels:
+        return intensity_labels(self.arrays)
 
     def verify(self, case: int) -> None:
         pass

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import ArrayLabels, intensity_labels
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import NetworkPlan, Plan
 from nnssl_ext.planners.planner import Planner
@@ -110,6 +111,9 @@ class ArrayStore:
     @property
     def identifiers(self) -> list[str]:
         return [f"case{i}" for i in range(len(self))]
+
+    def clusters(self) -> ArrayLabels:
+        return intensity_labels(self.arrays)
 
     def verify(self, case: int) -> None:
         pass

@@ -60,7 +60,7 @@ EPOCHS = 5  # windows of a pretraining, each with its validation and its record
 UNET, TRANSFORMER = {"optimizer": "adamw", "lr": 3e-3}, {"optimizer": "adamw", "lr": 1e-3}
 LABELS = 2  # labelled volumes to fine-tune with
 FINE_TUNING = {
-    "resenc": FineTuning("nnsslResEncTrainer_short", epochs=30, iterations=10, batch=4),
+    "resenc": FineTuning("nnsslResEncTrainer_short", epochs=40, iterations=10, batch=2),
     "primus": FineTuning("nnsslPrimusTrainer_short", epochs=45, iterations=10, batch=4),
 }
 SUITE = (  # measured seconds per step on one thread

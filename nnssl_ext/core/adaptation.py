@@ -38,7 +38,7 @@ class AdaptationPlan:
         arch_kwargs: keyword arguments, classes as dotted names; None for presets.
         arch_imports: the keys of `arch_kwargs` that hold dotted names.
         configuration: name of the pretraining configuration.
-        spacing: mm, (z, y, x), or None.
+        spacing: mm, (z, y, x), or None; None for an axis that keeps each case's own.
         patch_size: voxels of the pretraining patch, (z, y, x).
         channels: input channels of the pretraining.
         keys: where the encoder lies in ``network_weights``.
@@ -48,7 +48,7 @@ class AdaptationPlan:
     arch_kwargs: dict[str, Any] | None
     arch_imports: tuple[str, ...] | None
     configuration: str
-    spacing: tuple[float, ...] | None
+    spacing: tuple[float | None, ...] | None
     patch_size: tuple[int, ...]
     channels: int
     keys: EncoderKeys
@@ -65,7 +65,7 @@ class AdaptationPlan:
             "pretrain_plan": {
                 "configurations": {
                     self.configuration: {
-                        "spacing": None if self.spacing is None else [float(s) for s in self.spacing],
+                        "spacing": None if self.spacing is None else [None if s is None else float(s) for s in self.spacing],
                         "patch_size": [int(p) for p in self.patch_size],
                     }
                 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import read_json, write_json
 
 SCHEMA_VERSION = 1
-CONFIGURATIONS = ("3d_fullres", "3d_lowres", "onemmiso", "median", "noresample")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class NetworkPlan:
     Args:
         size: "S", "M", "L", ... or "tiny".
         class_name: dotted name of the class in dynamic-network-architectures.
-        kwargs: its keyword arguments without input_channels and num_classes, JSON types only, classes as dotted names.
+        kwargs: its keyword arguments without input_channels and num_classes, JSON types only, classes as dotted names. Those of a
+            2D network have an entry for each axis of a slice.
         imports: those keys of `kwargs` that hold dotted names.
         batch_size: samples per step that fit the memory target.
         memory_gb: estimated training memory at that batch size.
@@ -57,9 +57,14 @@ class NetworkPlan:
 
     @property
     def cell(self) -> tuple[int, ...]:
-        """Voxels of a cell of the deepest map, (z, y, x): a token's edges, or the product of all strides."""
+        """Voxels of a cell of the deepest map along the network's axes: a token's edges, or the product of all strides."""
         token = self.kwargs.get("patch_embed_size")
         return tuple(token) if token else tuple(math.prod(steps) for steps in zip(*self.kwargs["strides"]))
+
+    @property
+    def axes(self) -> int:
+        """3, or 2 for a network that reads slices."""
+        return len(self.cell)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ class ConfigPlan:
 
     Args:
         data_identifier: name of the folder of the preprocessed cases.
-        spacing: mm, (z, y, x); None keeps each case's own.
-        patch_size: voxels, (z, y, x); divisible by the strides of every family.
+        spacing: mm, (z, y, x); None keeps each case's own. None for one axis alone: the configuration is one of slices, which
+            lie across this axis and are as far apart as they are in each case.
+        patch_size: voxels, (z, y, x); divisible by the strides of every family; 1 across slices.
         median_shape: voxels, median case after cropping and resampling.
         normalization: by modality.
         resampling: keyword arguments of the resampling (order, order_z, force_separate_z).
@@ -77,7 +83,7 @@ class ConfigPlan:
     """
 
     data_identifier: str
-    spacing: tuple[float, float, float] | None
+    spacing: tuple[float | None, ...] | None
     patch_size: tuple[int, int, int]
     median_shape: tuple[int, int, int]
     normalization: Mapping[str, Normalization]
@@ -90,9 +96,25 @@ class ConfigPlan:
         Raises:
             UserError: the plan has no such family.
         """
+        if family not in self.networks and self.slice_axis is not None:
+            raise UserError(f"'{family}' has no network for slices", "option -b", f"give -b {next(iter(self.networks))}, or train a 3D configuration")
         if family not in self.networks:
             raise UserError(f"unknown backbone family '{family}'", "option -b", did_you_mean(family, self.networks))
         return self.networks[family]
+
+    @property
+    def slice_axis(self) -> int | None:
+        """The axis across which slices lie; None for a 3D configuration."""
+        return self.spacing.index(None) if self.spacing is not None and None in self.spacing else None
+
+    def spacing_for(self, own: Sequence[float]) -> tuple[float, ...]:
+        """Spacing in mm of a case after resampling, (z, y, x), where it was `own` before."""
+        return tuple(mm if planned is None else planned for mm, planned in zip(own, self.spacing or (None,) * 3, strict=True))
+
+    def in_volume(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Voxels along the axes of a network, such as a stride or a cell, as (z, y, x): 1 across slices."""
+        axis = self.slice_axis
+        return tuple(sizes) if axis is None else (*sizes[:axis], 1, *sizes[axis:])
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,7 @@ def _triple(item: dict[str, Any]) -> dict[str, Any]:
 
 _TEXT, _COUNT, _NUMBER = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}, {"type": "number"}
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}
+_SPACING = {**_triple({"anyOf": [{"type": "null"}, _POSITIVE]}), "contains": {"type": "null"}, "minContains": 0, "maxContains": 1}
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "nnssl_ext plan",
@@ -190,7 +213,7 @@ SCHEMA: dict[str, Any] = {
                 _object(
                     {
                         "data_identifier": _TEXT,
-                        "spacing": {"anyOf": [{"type": "null"}, _triple(_POSITIVE)]},
+                        "spacing": {"anyOf": [{"type": "null"}, _SPACING]},
                         "patch_size": _triple(_COUNT),
                         "median_shape": _triple(_COUNT),
                         "normalization": _map(_object({"scheme": _TEXT, "mean": _NUMBER, "std": _POSITIVE, "low": _NUMBER, "high": _NUMBER})),

@@ -50,7 +50,7 @@ class GridTargets:
         first = np.mean(box, axis=1) - (1 + (voxels - 1) * zoom) / 2  # where the grid's first voxel lies in the case
         places = {f"base_{number}": np.array(cell) * size for number, cell in enumerate(product(*map(range, self.grid)))}
         places |= {f"target_{number}": rng.integers(0, voxels - size, endpoint=True) for number in range(self.targets)}
-        mirrored = self.spatial.draw_mirror(rng)
+        mirrored = self.spatial.within(self.size).draw_mirror(rng)
         centres = [first + zoom * (place + (size - 1) / 2) for place in places.values()]
         affines = [make_affine(centre, self.size, (1.0, 1.0, 1.0), np.eye(3), zoom, mirrored) for centre in centres]
         images = read_crops(store, case, affines, [self.size] * len(affines))

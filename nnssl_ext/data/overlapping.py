@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nnssl_ext.data.augment import Intensity
+from nnssl_ext.data.corrupted import Corruption
 from nnssl_ext.data.iou_pairs import random_pair, room
 from nnssl_ext.data.sampling import random_box
 from nnssl_ext.data.spatial import MIRROR, Spatial
@@ -46,7 +47,8 @@ class OverlappingCrops:
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         shape, body = store.shape(case), store.body(case) if self.body else None
         sizes = {f"global_{i}": self.global_size for i in range(2)} | {f"local_{i}": self.local_size for i in range(self.locals)}
-        zooms = [self._large_zoom(shape, rng) for _ in range(2)] + [np.full(3, rng.uniform(*self.local_zoom)) for _ in range(self.locals)]
+        ranges = [self._large_zoom(shape)] * 2 + [self.local_zoom] * self.locals
+        zooms = [np.where(np.array(size) > 1, rng.uniform(*range_), 1.0) for size, range_ in zip(sizes.values(), ranges)]  # slices stay slices
         first, second, *small = (extent(size, zoom) for size, zoom in zip(sizes.values(), zooms))
         pair = random_pair(room(shape, first, second, self.iou), first, second, self.iou, rng, body=body, minimum=self.body)
         around = tuple((max(0, min(a[0], b[0])), min(n, max(a[1], b[1]))) for a, b, n in zip(*pair, shape))
@@ -54,7 +56,26 @@ class OverlappingCrops:
         crops = {name: (box, size, zoom) for (name, size), box, zoom in zip(sizes.items(), boxes, zooms)}
         return cut(store, case, crops, self.spatial, self.intensity, rng)
 
-    def _large_zoom(self, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    def _large_zoom(self, shape: Sequence[int]) -> tuple[float, float]:
         low, high = self.global_zoom
-        fits = min((n - 1) / (s - 1) if s > 1 else high for n, s in zip(shape, self.global_size))
-        return np.full(3, rng.uniform(low, min(max(low, fits), high)))
+        fits = min(((n - 1) / (s - 1) for n, s in zip(shape, self.global_size) if s > 1), default=high)
+        return low, min(max(low, fits), high)
+
+
+@dataclass(frozen=True)
+class CorruptedOverlap:
+    """The views of `crops`, of which the large ones are corrupted, and "target": the first large crop as it is in the case.
+
+    Args:
+        crops: where they come from.
+        corrupt: a function of (image, rng) that loader processes can be sent; see `corrupt`.
+    """
+
+    crops: OverlappingCrops
+    corrupt: Corruption
+
+    def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
+        views = self.crops.sample(store, case, rng)
+        target = replace(views["global_0"], intensity=())
+        corrupted = {name: replace(views[name], image=self.corrupt(views[name].image, rng)) for name in ("global_0", "global_1")}
+        return {**views, **corrupted, "target": target}

@@ -35,7 +35,7 @@ class Turning:
     turns: tuple[int, ...]
 
 
-def choose_turning(patch_size: Sequence[int], spacing: Sequence[float] | None, stride: Sequence[int]) -> Turning:
+def choose_turning(patch_size: Sequence[int], spacing: Sequence[float | None] | None, stride: Sequence[int]) -> Turning:
     """The turning that leaves most of the patch.
 
     Axes of equal spacing can be turned by 90 degrees after the longer one is cropped to a square that the strides divide. Where
@@ -43,17 +43,17 @@ def choose_turning(patch_size: Sequence[int], spacing: Sequence[float] | None, s
 
     Args:
         patch_size: voxels, (z, y, x).
-        spacing: mm, (z, y, x), or None.
+        spacing: mm, (z, y, x), or None; None for the axis across slices, which are turned in their plane.
         stride: what must divide each axis of an input, (z, y, x).
     """
-    found = []
-    for plane in _PLANES if spacing is not None else ():
+    found, planes = [], [plane for plane in _PLANES if patch_size[plane[0]] > 1 and patch_size[plane[1]] > 1] or [_PLANES[0]]
+    for plane in planes if spacing is not None else ():
         multiple = math.lcm(*(stride[axis] for axis in plane))
         edge = min(patch_size[axis] for axis in plane) // multiple * multiple
-        apart = max(spacing[axis] for axis in plane) / min(spacing[axis] for axis in plane) - 1  # type: ignore[index]
+        apart = max(spacing[axis] for axis in plane) / min(spacing[axis] for axis in plane) - 1  # type: ignore[index,type-var,operator]
         if edge and apart <= _EQUAL:
             found.append(Turning(tuple(edge if axis in plane else n for axis, n in enumerate(patch_size)), plane, (0, 1, 2, 3)))
-    return max(found, key=lambda turning: math.prod(turning.size), default=Turning(tuple(patch_size), _PLANES[0], (0, 2)))
+    return max(found, key=lambda turning: math.prod(turning.size), default=Turning(tuple(patch_size), planes[0], (0, 2)))
 
 
 def turn(image: np.ndarray, affine: np.ndarray, times: int, plane: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -38,16 +38,16 @@ def write_plan_page(path: Path, plan: Plan, fingerprint: dict[str, Any]) -> None
 
 
 def _spacing(config: ConfigPlan, median: np.ndarray) -> np.ndarray:
-    return median if config.spacing is None else np.asarray(config.spacing)
+    return np.asarray(config.spacing_for(median.tolist()))
 
 
 def _configurations(plan: Plan, median: np.ndarray) -> Section:
     section = Section("Configurations")
     rows: list[list[Any]] = []
     for name, config in plan.configurations.items():
-        spacing = "each case's own" if config.spacing is None else [round(s, 3) for s in config.spacing]
-        local = local_crop(config.patch_size, token_size(_spacing(config, median).tolist()))
-        rows.append([name, spacing, list(config.median_shape), list(config.patch_size), list(local)])
+        spacing = "each case's own" if config.spacing is None else ["own" if s is None else round(s, 3) for s in config.spacing]
+        local = "–" if config.slice_axis is not None else list(local_crop(config.patch_size, token_size(_spacing(config, median).tolist())))
+        rows.append([name, spacing, list(config.median_shape), list(config.patch_size), local])
     section.table(["configuration", "spacing, mm (z, y, x)", "median case, voxels", "patch", "local crop"], rows)
     schemes = next(iter(plan.configurations.values())).normalization.items()
     rows = [[name, s.scheme, *((s.mean, s.std, s.low, s.high) if s.scheme == "ct" else ("–",) * 4)] for name, s in schemes]
@@ -93,13 +93,16 @@ def _patches(plan: Plan, median: np.ndarray) -> Section:
 
 def _boxes(chart: Axes, config: ConfigPlan, spacing: np.ndarray, vertical: int, horizontal: int) -> None:
     token = token_size(spacing.tolist())
-    local = local_crop(config.patch_size, token)
-    for label, shape, colour in (("median case", config.median_shape, "0.85"), ("patch", config.patch_size, "tab:blue"), ("local crop", local, "tab:orange")):
+    shapes = [("median case", config.median_shape, "0.85"), ("patch", config.patch_size, "tab:blue")]
+    if config.slice_axis is None:
+        shapes.append(("local crop", local_crop(config.patch_size, token), "tab:orange"))
+    for label, shape, colour in shapes:
         height, width = shape[vertical] * spacing[vertical], shape[horizontal] * spacing[horizontal]
         corner = (-width / 2, -height / 2)
         chart.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor="black", alpha=0.55, label=label, linewidth=0.8))
-    chart.vlines(np.arange(-width / 2, width / 2, token[horizontal] * spacing[horizontal]), -height / 2, height / 2, colors="black", linewidth=0.3)
-    chart.hlines(np.arange(-height / 2, height / 2, token[vertical] * spacing[vertical]), -width / 2, width / 2, colors="black", linewidth=0.3)
+    if config.slice_axis is None:
+        chart.vlines(np.arange(-width / 2, width / 2, token[horizontal] * spacing[horizontal]), -height / 2, height / 2, colors="black", linewidth=0.3)
+        chart.hlines(np.arange(-height / 2, height / 2, token[vertical] * spacing[vertical]), -width / 2, width / 2, colors="black", linewidth=0.3)
     chart.set_aspect("equal")
     chart.autoscale_view()
     chart.set_xlabel(f"{AXES[horizontal]}, mm", fontsize=8)

@@ -80,9 +80,9 @@ class _Short(_Schedule):
 
 
 class nnsslResEncTrainer_short(_Short, nnsslResEncTrainer):
-    """Residual encoders in a few hundred steps: AdamW at 3e-3, since SGD with momentum 0.99 has hardly begun by then."""
+    """Residual encoders in a few hundred steps: AdamW at 2e-2, since SGD with momentum 0.99 has hardly begun by then."""
 
-    learning_rate = 3e-3
+    learning_rate = 2e-2
     configure_optimizers = AbstractPrimus.configure_optimizers
 
 

@@ -94,6 +94,27 @@ def shared_voxels(affine_a: Tensor, affine_b: Tensor, shape: Sequence[int]) -> T
     return ((places_BQ3 >= -0.5 - _EXACT) & (places_BQ3 <= size_3 - 0.5 + _EXACT)).all(2).unflatten(1, tuple(shape))
 
 
+@torch.no_grad()
+def labels_of_other(labels_b: Tensor, affine_a: Tensor, affine_b: Tensor) -> Tensor:
+    """The label that view b has for each voxel of view a, that of b's nearest voxel; 0 where a voxel lies outside of b.
+
+    Args:
+        labels_b: of view b, (B, z, y, x), whole numbers from 0.
+        affine_a, affine_b: as of `retrieval`; both views have the same shape.
+
+    Returns:
+        (B, z, y, x) int64, on the labels' device.
+    """
+    inverse = torch.linalg.inv(affine_b[:, :, :3])
+    matrix, shift = inverse @ affine_a[:, :, :3], inverse @ (affine_a[:, :, 3:] - affine_b[:, :, 3:])
+    matrix, shift = (x.to(labels_b.device, non_blocking=True) for x in (matrix, shift))
+    shape = labels_b.shape[1:]
+    z, y, x = (matrix @ identity_grid(shape, matrix).flatten(1) + shift).round().long().unbind(1)
+    inside = (z >= 0) & (z < shape[0]) & (y >= 0) & (y < shape[1]) & (x >= 0) & (x < shape[2])
+    found = labels_b.flatten(1).long().gather(1, torch.where(inside, (z * shape[1] + y) * shape[2] + x, 0))
+    return torch.where(inside, found, 0).view_as(labels_b)
+
+
 def _carry(points_Q3: Tensor, affine_a: Tensor, affine_b: Tensor) -> Tensor:
     """Voxels (Q, 3) or (B, Q, 3) of view a as voxels of view b, (B, Q, 3)."""
     case_BQ3 = points_Q3 @ affine_a[:, :, :3].mT + affine_a[:, None, :, 3]

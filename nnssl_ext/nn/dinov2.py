@@ -189,7 +189,7 @@ class DINOv2Model(nn.Module):
         """What the teacher says of summaries and of hidden tokens."""
         net: Any = self.teacher.net
         summary, tokens = self.teacher(crops.large)
-        seen, told = _logits(net.dino_head, summary), _logits(net.ibot_head, tokens.flatten(0, 1)[crops.hidden])
+        seen, told = net.dino_head.logits(summary), net.ibot_head.logits(tokens.flatten(0, 1)[crops.hidden])
         if self.centring == "centre" and self.training:
             self.centre.add(seen)
         of_summaries = {"centre": self.centre.potentials, "sinkhorn": assign.sinkhorn, "none": assign.softmax}[self.centring]
@@ -209,7 +209,3 @@ class DINOv2Model(nn.Module):
         self.teacher.update(self.student, momentum)
         if self.centring == "centre":
             self.centre.update()
-
-
-def _logits(head: ProjectionHead, features: Tensor) -> Tensor:
-    return head(features) @ head.directions().T  # type: ignore[no-any-return]

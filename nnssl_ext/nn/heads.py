@@ -14,8 +14,8 @@ EPS = 1e-6  # of the norms: a vector of zeros stays one
 class ProjectionHead(nn.Module):
     """A perceptron onto the unit sphere, and prototypes on that sphere.
 
-    The prototypes have directions only: the gain that weight normalisation would learn is 1. Cosines with them are left to the
-    caller, since a matrix (n, prototypes) is best never made as a whole (`losses.cross_entropy_to`).
+    The prototypes have directions only: the gain that weight normalisation would learn is 1. A student's cosines with them are
+    left to the loss, since a matrix (n, prototypes) that has a gradient is best never made as a whole (`losses.cross_entropy_to`).
 
     Args:
         width: of the features.
@@ -41,6 +41,10 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features (..., width), also none at all, to unit vectors (..., bottleneck) in single precision."""
         return _unit(self.mlp(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Cosines of features (n, width) with all prototypes, (n, prototypes)."""
+        return self(x) @ self.directions().T  # type: ignore[no-any-return]
 
     def directions(self) -> Tensor:
         """The prototypes as unit vectors (prototypes, bottleneck)."""

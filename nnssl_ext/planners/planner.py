@@ -14,7 +14,7 @@ from nnssl_ext.core.files import read_json, sha256_json
 from nnssl_ext.core.paths import preprocessed_folder
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
 from nnssl_ext.core.registry import find_class
-from nnssl_ext.planners import primus, resenc
+from nnssl_ext.planners import primus, resenc, slices
 from nnssl_ext.planners.memory import precision
 from nnssl_ext.preprocessing.crop import is_ct
 
@@ -57,7 +57,7 @@ class Planner:
         self.decisions: list[str] = []
 
     def plan(self, plans_name: str) -> Plan:
-        """All configurations, all backbone families."""
+        """All configurations, all backbone families; slices are read by U-Nets alone."""
         normalization = {modality: self.normalization(modality) for modality in sorted(self.fingerprint["intensities"])}
         for modality, scheme in normalization.items():
             self.decisions.append(f"normalisation of {modality}: {_describe(scheme)}")
@@ -66,13 +66,19 @@ class Planner:
         place = "a CPU, in float32" if precision(self.memory_gb) == "fp32" else "a card, in bfloat16 (float32 would take more than planned)"
         self.decisions.append(f"memory: {self.memory_gb:g} GB of {place}; no token is dropped and there is no second network (teacher)")
         median = np.median(self.spacings, axis=0)
-        configurations = {"3d_fullres": self._configuration("3d_fullres", tuple(self.target_spacing()), plans_name, normalization)}
+        target = tuple(self.target_spacing())
+        configurations = {"3d_fullres": self._configuration("3d_fullres", target, plans_name, normalization)}
         lowres = self._lowres_spacing(configurations["3d_fullres"])
         if lowres is not None:
             configurations["3d_lowres"] = self._configuration("3d_lowres", lowres, plans_name, normalization)
         configurations["onemmiso"] = self._configuration("onemmiso", (1.0, 1.0, 1.0), plans_name, normalization)
         configurations["median"] = self._configuration("median", tuple(median), plans_name, normalization)
         configurations["noresample"] = self._configuration("noresample", None, plans_name, normalization)
+        if "resenc" in self.families:
+            size = self._size("resenc")
+            found = slices.configuration(target, self.spacings, self.shapes, size, self.memory_gb, plans_name, normalization)
+            configurations[slices.CONFIGURATION], why = found
+            self.decisions += why
         return Plan(
             dataset_name=self.fingerprint["dataset_name"],
             plans_name=plans_name,
@@ -205,7 +211,6 @@ class Planner:
 
     def _lowres_spacing(self, fullres: ConfigPlan) -> Vector | None:
         """Spacing in mm at which the patch covers a quarter of the median case; None when 3d_fullres does already."""
-        assert fullres.spacing is not None
         spacing = np.asarray(fullres.spacing, float)
         median, patch = np.asarray(fullres.median_shape, float), np.asarray(fullres.patch_size, float)
         if np.prod(patch) >= LOWRES_COVERAGE * np.prod(median):

@@ -13,13 +13,15 @@ MIN_EDGE = 4  # voxels; an axis of the deepest map is never pooled below
 # of a feature element; measured 10.0-10.6 and 5.7-6.1. nnU-Net calibrates the latter with 680e6 elements per sample, of which two fill 8 GB
 BYTES_PER_UNIT = {"fp32": 10.3, "bf16": 8e9 / (2 * 680e6)}
 BYTES_PER_PARAMETER = 16.0  # SGD: weight, gradient, momentum in float32, a bfloat16 copy of the weight; 2 to spare
-SIZES: dict[str, dict[str, Any]] = {  # M and L are nnU-Net's presets: one topology, other memory targets
+SIZES: dict[str, dict[str, Any]] = {  # of 3D networks; M and L are nnU-Net's presets: one topology, other memory targets
     "nano": {"base": 8, "maximum": 64, "blocks": (1, 1, 1, 1)},
     "tiny": {"base": 16, "maximum": 128, "blocks": (1, 1, 1, 1, 1)},
     "S": {"base": 32, "maximum": 256, "blocks": (1, 2, 2, 3, 3, 3)},
     "M": {"base": 32, "maximum": 320, "blocks": (1, 3, 4, 6, 6, 6, 6)},
     "L": {"base": 32, "maximum": 320, "blocks": (1, 3, 4, 6, 6, 6, 6)},
 }
+MAXIMUM_2D = 512  # features of a stage of the sizes M and L, as nnU-Net's
+STAGES_2D = 10  # at most; blocks beyond those of a size's 3D network are as many as in its last stage
 _IMPORTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
 
@@ -30,15 +32,15 @@ def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: in
     finest axis that can still be halved; its kernel is 1 until its spacing is within a factor of two of the finest.
 
     Args:
-        spacing: mm, (z, y, x).
-        patch_size: voxels, (z, y, x).
+        spacing: mm, (z, y, x), or of two axes for a 2D network.
+        patch_size: voxels along these axes.
         max_stages: at most so many stages.
 
     Source: Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, supplementary note 2.
     """
     size, mm = [int(n) for n in patch_size], [float(s) for s in spacing]  # plain numbers: a planner asks for hundreds of topologies
-    kernel = [1, 1, 1]
-    strides, kernels = [[1, 1, 1]], []
+    kernel = [1] * len(mm)
+    strides, kernels = [[1] * len(mm)], []
     while len(strides) < max_stages:
         able = [n >= 2 * MIN_EDGE for n in size]
         if not any(able):
@@ -52,7 +54,7 @@ def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: in
         strides.append([2 if a else 1 for a in able])
         mm = [2 * s if a else s for s, a in zip(mm, able)]
         size = [-(-n // 2) if a else n for n, a in zip(size, able)]
-    kernels.append([3, 3, 3])
+    kernels.append([3] * len(mm))
     return strides, kernels
 
 
@@ -71,32 +73,42 @@ def feature_elements(patch_size: Sequence[int], strides: Sequence[Sequence[int]]
     return total + decoder + voxels[0] * classes
 
 
-def parameters(features: Sequence[int], blocks: Sequence[int]) -> float:
-    """Approximate number of parameters with 3x3x3 kernels."""
-    encoder = sum(27.0 * f * (previous + f + 2 * (n - 1) * f) for f, previous, n in zip(features, [features[0], *features], blocks))
-    return encoder + sum(27.0 * 2 * f * f + 8.0 * f * deeper for f, deeper in zip(features, features[1:]))
+def parameters(features: Sequence[int], blocks: Sequence[int], axes: int = 3) -> float:
+    """Approximate number of parameters with kernels of edge 3."""
+    kernel, halving = 3.0**axes, 2.0**axes
+    encoder = sum(kernel * f * (previous + f + 2 * (n - 1) * f) for f, previous, n in zip(features, [features[0], *features], blocks))
+    return encoder + sum(kernel * 2 * f * f + halving * f * deeper for f, deeper in zip(features, features[1:]))
+
+
+def preset(size: str, axes: int = 3) -> tuple[int, int, tuple[int, ...]]:
+    """Features of the first and of the widest stage, and residual blocks of every stage that there can be."""
+    base, maximum, blocks = SIZES[size]["base"], SIZES[size]["maximum"], SIZES[size]["blocks"]
+    if axes == 3:
+        return base, maximum, blocks
+    return base, MAXIMUM_2D if size in ("M", "L") else maximum, blocks + (STAGES_2D - len(blocks)) * blocks[-1:]
 
 
 def network(spacing: Sequence[float], patch_size: Sequence[int], size: str, target_gb: float, max_batch: int) -> NetworkPlan:
-    """The ResEnc U-Net for a patch, with the batch size that fits `target_gb` (at least 1)."""
-    preset = SIZES[size]
-    strides, kernels = topology(spacing, patch_size, max_stages=len(preset["blocks"]))
+    """The ResEnc U-Net for a patch, with the batch size that fits `target_gb` (at least 1); a 2D one for spacing and patch of two axes."""
+    axes = len(patch_size)
+    base, maximum, most = preset(size, axes)
+    strides, kernels = topology(spacing, patch_size, max_stages=len(most))
     stages = len(strides)
-    features = [min(preset["maximum"], preset["base"] * 2**i) for i in range(stages)]
-    blocks = list(preset["blocks"][:stages])
+    features = [min(maximum, base * 2**i) for i in range(stages)]
+    blocks = list(most[:stages])
     elements = feature_elements(patch_size, strides, features, blocks)
-    footprint = Footprint(parameters(features, blocks), BYTES_PER_PARAMETER, elements, BYTES_PER_UNIT)
+    footprint = Footprint(parameters(features, blocks, axes), BYTES_PER_PARAMETER, elements, BYTES_PER_UNIT)
     batch, memory_gb = footprint.batch(target_gb, max_batch)
     kwargs = {
         "n_stages": stages,
         "features_per_stage": features,
-        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
         "kernel_sizes": kernels,
         "strides": strides,
         "n_blocks_per_stage": blocks,
         "n_conv_per_stage_decoder": [1] * (stages - 1),
         "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{axes}d",
         "norm_op_kwargs": {"eps": 1e-05, "affine": True},
         "dropout_op": None,
         "dropout_op_kwargs": None,

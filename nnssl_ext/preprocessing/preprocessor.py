@@ -155,9 +155,10 @@ class Preprocessor:
             applied.append({"scheme": plan.scheme, **parameters})
             fill.append(percentiles(channel, (0.5,))[0])
         if self.config.spacing is not None:
-            shape = resampled_shape(geometry.shape, geometry.spacing, self.config.spacing)
-            result = self._resample(result, shape, geometry.spacing, self.config.spacing)
-            masks = {name: resample_labels(mask, shape, geometry.spacing, self.config.spacing) for name, mask in masks.items()}
+            target = self.config.spacing_for(geometry.spacing)
+            shape = resampled_shape(geometry.shape, geometry.spacing, target)
+            result = self._resample(result, shape, geometry.spacing, target)
+            masks = {name: resample_labels(mask, shape, geometry.spacing, target) for name, mask in masks.items()}
             geometry = geometry.resampled(shape)
         info = {
             "identifier": case.identifier,
@@ -268,7 +269,7 @@ def _memory(cases: Sequence[Case], config: ConfigPlan, known: dict[str, Any]) ->
         except UserError:
             continue
         channels, raw = len(case.images), math.prod(found["shape"])
-        stored = raw if config.spacing is None else math.prod(resampled_shape(found["shape"], found["spacing"], config.spacing))
+        stored = math.prod(resampled_shape(found["shape"], found["spacing"], config.spacing_for(found["spacing"])))
         held += 5 * channels * raw  # float32 voxels and the body
         working = max(working, channels * ((BYTES_PER_RAW_VOXEL - 5) * raw + BYTES_PER_STORED_VOXEL * stored))
     return held + working

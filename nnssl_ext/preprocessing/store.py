@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.core.files import atomic_path, read_json, sha256_file, sha256_json, write_json
+from nnssl_ext.core.files import read_json, sha256_file, sha256_json, write_json
 from nnssl_ext.core.geometry import Box, Geometry, box_slices
+from nnssl_ext.preprocessing.arrays import compress, open_array, write
+from nnssl_ext.preprocessing.clusters import FOLDER as CLUSTERS
+from nnssl_ext.preprocessing.clusters import ClusterLabels
 from nnssl_ext.preprocessing.store_index import SCHEMA_VERSION, load_index
 
 STORAGES = ("float32", "float16", "uint16")
@@ -46,13 +49,13 @@ def write_case(
         masks: bool (z, y, x) by name, kept in a second file.
     """
     values, form = encode(array, storage)
-    content = _compressed(values, patch_size)
+    content = compress(values, patch_size)
     form |= {"bytes": len(content)}
-    _write(folder / f"{identifier}.b2nd", content)
+    write(folder / f"{identifier}.b2nd", content)
     info = {"schema_version": SCHEMA_VERSION, **info, "storage": form, "sha256": hashlib.sha256(content).hexdigest(), "masks": sorted(masks or {})}
     if masks:
-        packed = _compressed(np.stack([masks[name] for name in sorted(masks)]).astype(np.uint8), patch_size)
-        _write(folder / f"{identifier}.masks.b2nd", packed)
+        packed = compress(np.stack([masks[name] for name in sorted(masks)]).astype(np.uint8), patch_size)
+        write(folder / f"{identifier}.masks.b2nd", packed)
         info["masks_sha256"] = hashlib.sha256(packed).hexdigest()
     write_json(folder / f"{identifier}.json", info)
 
@@ -116,27 +119,6 @@ def is_current(folder: Path, identifier: str, settings: str, source: list[Any]) 
     except UserError:
         return False
     return (info.get("schema_version"), info.get("settings_sha256"), info.get("source")) == (SCHEMA_VERSION, settings, source)
-
-
-def _blosc2() -> Any:
-    """The library, imported with the first case: it takes half a second, and no command should wait for it before it says what it does."""
-    import blosc2
-
-    return blosc2
-
-
-def _compressed(array: np.ndarray, patch_size: Sequence[int]) -> bytes:
-    chunks = (1, *(min(n, p) for n, p in zip(array.shape[1:], patch_size)))
-    blocks = (1, *(min(n, max(8, p // 4)) for n, p in zip(chunks[1:], patch_size)))
-    blosc2 = _blosc2()
-    parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, nthreads=1)  # read two to three times as fast as ZSTD
-    content: bytes = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=parameters).to_cframe()
-    return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)  # not by blosc2, which doesn't say that the disk is full
 
 
 class CaseStore:
@@ -225,6 +207,14 @@ class CaseStore:
         file = self.folder / f"{self._index.identifiers[case]}.masks.b2nd"
         return self._read(file, case, box, slice(names.index(name), names.index(name) + 1))[0].astype(bool)
 
+    def clusters(self) -> ClusterLabels:
+        """The clusters that the cases' voxels were assigned to.
+
+        Raises:
+            UserError: there are none, or not of every case.
+        """
+        return ClusterLabels(self.folder / CLUSTERS, self.identifiers, self._index.shapes, self._index.sha256)
+
     def verify(self, case: int) -> None:
         """Compare the case's files with their recorded hashes.
 
@@ -264,8 +254,7 @@ class CaseStore:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
-        blosc2 = _blosc2()
-        array = blosc2.open(str(file), mode="r", dparams=blosc2.DParams(nthreads=1))
+        array = open_array(file)
         if array.shape[1:] != self.shape(case) or (file == self._file(case) and file.stat().st_size != self._index.sizes[case]):
             raise ValueError("it isn't the file that was written (another size or shape)")
         self._open[file] = array

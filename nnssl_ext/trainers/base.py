@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,10 @@ from nnssl_ext.core.files import FolderLock
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.data.loader import Batch, StepDataset, batches, deaths_explained, split_subjects
+from nnssl_ext.data.switches import check_names, without
 from nnssl_ext.data.views import ViewSpec
 from nnssl_ext.nn import distributed, parallel
-from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
+from nnssl_ext.nn.backbones.base import Backbone, backbone_class, build_backbone, check_support
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.checkpoint import save_checkpoint
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, SPEED_ONLY
@@ -30,7 +30,7 @@ from nnssl_ext.trainers.guards import NonFiniteGuard
 from nnssl_ext.trainers.health import HealthMonitor
 from nnssl_ext.trainers.initial import Initial
 from nnssl_ext.trainers.optim import RECIPES, Recipe, choose_recipe, make_optimizer, parameter_groups, set_rates
-from nnssl_ext.trainers.pictures import draw_run, evaluating
+from nnssl_ext.trainers.pictures import Rows, draw_run, evaluating
 from nnssl_ext.trainers.resumption import begin, content_of, restore
 from nnssl_ext.trainers.run_log import RunLog, milestones
 from nnssl_ext.trainers.schedules import polynomial
@@ -56,7 +56,7 @@ class SSLTrainer:
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: unknown configuration or family, or a backbone that lacks what the method needs.
+        UserError: unknown configuration, family or augmentation, or a backbone that lacks what the method needs.
     """
 
     @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class SSLTrainer:
         precision: str = "auto"  # of the forward pass: "fp32", "bf16", "fp16"; "auto" = bf16 on CUDA, fp32 on the CPU
         max_skips: int = 20  # optimiser steps in a row that may be skipped because something is not finite
         seed: int = 0
+        no_augment: tuple[str, ...] = ()  # augmentations of the views that are left out, such as blur,gamma
         workers: int | None = field(default=None, metadata=SPEED_ONLY)  # loader processes; None = 1 on the CPU, up to 8 beside a GPU
         recompute: bool = field(default=False, metadata=SPEED_ONLY)  # activations in the backward pass: less memory, slower
         compile: bool = field(default=False, metadata=SPEED_ONLY)  # blocks and stages with torch.compile
@@ -100,7 +101,8 @@ class SSLTrainer:
         self.config_plan = plan.configuration(configuration)
         self.family = family or self.default_family
         self.network_plan = self.config_plan.network(self.family)
-        check_support(families()[self.family], self.needs, type(self).__name__)
+        check_support(backbone_class(self.config_plan, self.family), self.needs, type(self).__name__)
+        check_names(config.no_augment)
         self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         self.recipe = choose_recipe(self.recipes, self.family, config)
         self.batch_size = config.batch_size or self.network_plan.batch_size
@@ -133,8 +135,8 @@ class SSLTrainer:
     def after_update(self, step: int) -> None:
         """Called after every optimiser step."""
 
-    def picture(self, batch: Batch) -> list[dict[str, np.ndarray]]:
-        """Volumes (z, y, x) by caption for some samples of a batch; empty for no picture."""
+    def picture(self, batch: Batch) -> Rows:
+        """What is shown of some samples of a batch, by caption (`draw_volumes`); empty for no picture."""
         return []
 
     def transferred(self) -> Backbone:
@@ -292,5 +294,5 @@ class SSLTrainer:
         restore(self, content, path)
 
     def _dataset(self, cases: list[int], stream: str) -> StepDataset:
-        seed, batch_size, on_device = self.config.seed, self.batch_size, self.device.type == "cuda"
-        return StepDataset(self.store, self.views(), cases, seed, batch_size, rank=self.rank, ranks=self.ranks, stream=stream, on_device=on_device)
+        spec, seed, size, on_device = without(self.views(), self.config.no_augment), self.config.seed, self.batch_size, self.device.type == "cuda"
+        return StepDataset(self.store, spec, cases, seed, size, rank=self.rank, ranks=self.ranks, stream=stream, on_device=on_device)

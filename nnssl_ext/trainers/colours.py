@@ -48,6 +48,13 @@ def cluster_rgb(assignments: Tensor) -> np.ndarray:
     return colours
 
 
+def label_rgb(labels: np.ndarray) -> np.ndarray:
+    """Numbers of clusters, from 1, as colours (..., 3) float32 in [0, 1], those of `cluster_rgb`; 0 is black."""
+    palette = np.array([(0.0, 0.0, 0.0), *(label_colour(number) for number in range(int(labels.max(initial=0))))], np.float32)
+    colours: np.ndarray = palette[labels]
+    return colours
+
+
 def label_colour(number: int) -> tuple[float, float, float]:
     """Neighbouring numbers get hues far apart (golden ratio), in three brightnesses."""
     return colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.55 + 0.4 * (number % 2), (1.0, 0.75, 0.5)[number % 3])

@@ -15,6 +15,7 @@ from nnssl_ext.core.errors import UserError, did_you_mean
 SPEED_ONLY = {"folder": False}  # metadata of a field that changes no result: it stays out of the results folder's name
 AT_LEAST_ONE = {"range": (1, math.inf)}  # metadata of a number; without it 0 is the smallest
 SHARE = {"range": (0, 1)}
+_TIGHT = str.maketrans("", "", " '")  # what of a value stays out of a folder's name
 _EXAMPLES = {int: "a whole number, such as 2", float: "a number, such as 1e-4", bool: "true or false"}
 
 
@@ -91,7 +92,7 @@ def folder_suffix(config: Any, family: str, default_family: str) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and field.metadata.get("folder", True):
-            parts.append(f"{field.name}={str(value).replace(' ', '')}")
+            parts.append(f"{field.name}={str(value).translate(_TIGHT)}")
     suffix = "_".join(parts).replace("/", "-")
     if len(suffix) > 100:
         suffix = suffix[:90] + "-" + hashlib.sha256(suffix.encode()).hexdigest()[:8]

@@ -98,13 +98,28 @@ def settle(config: Any, *, crops: float, volumes: int, width: int, memory_gb: fl
         crops=crops,
         volumes=volumes,
         locals=config.locals if config.locals is not None else 8 if memory_gb >= CARD_GB else 4,
-        heads=HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck or min(256, width), config.prototypes or preset.prototypes),
+        heads=head_size(config, width, preset.prototypes),
         centring=config.centring if config.centring != "auto" else "centre" if 2 * volumes < CENTRE_CROPS else "sinkhorn",
         temperatures=config.teacher_temperature or preset.temperatures,
-        freeze=config.freeze if config.freeze is not None else min(max(1500, steps // 100), steps // 10),
+        freeze=frozen_steps(steps) if config.freeze is None else config.freeze,
         koleo=config.koleo_weight if volumes >= KOLEO_VOLUMES else 0.0,
-        lr=config.lr if config.lr is not None else min(1e-3, max(2e-3 * math.sqrt(volumes * config.accumulate / 1024), NARROW_RATE / width)),
+        lr=learning_rate(volumes * config.accumulate, width) if config.lr is None else config.lr,
     )
+
+
+def head_size(config: Any, width: int, prototypes: int) -> HeadSize:
+    """Sizes of a projection head on `width` channels; what the configuration leaves open is at most the source's."""
+    return HeadSize(config.hidden or min(2048, 6 * width), config.bottleneck or min(256, width), config.prototypes or prototypes)
+
+
+def frozen_steps(steps: int) -> int:
+    """Optimiser steps of `steps` during which prototypes are not updated."""
+    return min(max(1500, steps // 100), steps // 10)
+
+
+def learning_rate(volumes: int, width: int) -> float:
+    """After the warm-up, for `volumes` per optimiser step and an encoder of `width` channels."""
+    return min(1e-3, max(2e-3 * math.sqrt(volumes / 1024), NARROW_RATE / width))
 
 
 def choose_batch(planned: int, memory_gb: float) -> int:

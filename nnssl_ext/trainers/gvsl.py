@@ -52,7 +52,7 @@ class GVSLTrainer(SSLTrainer):
         return MatchedPair(Crop(self.config_plan.patch_size, Spatial(p_mirror=self.config.mirror)), partial(spoil, chances=self.config), partners)
 
     def build(self, backbone: Backbone) -> nn.Module:
-        return MatchingUNet(backbone, self.config_plan.spacing or (1.0, 1.0, 1.0))
+        return MatchingUNet(backbone, self.config_plan.spacing_for((1.0, 1.0, 1.0)))
 
     def step(self, model: nn.Module, batch: Batch) -> Losses:
         target, moving, config = batch["target"].image, batch["moving"].image, self.config

@@ -160,9 +160,8 @@ def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[floa
 def _slice(volume: np.ndarray | Slices | str, plane: int, spacing: Sequence[float], low: float, high: float) -> Image.Image:
     """The slice across an axis, the middle one of a volume, head up, enlarged to fit a tile."""
     assert not isinstance(volume, str)
-    whole = isinstance(volume, np.ndarray)
-    shape = volume.shape[:3] if whole else (volume[1].shape[0], *volume[0].shape[:2])
-    cut = np.take(volume, shape[plane] // 2, axis=plane) if whole else volume[plane]
+    shape = (volume[1].shape[0], *volume[0].shape[:2]) if isinstance(volume, tuple) else volume.shape[:3]
+    cut = volume[plane] if isinstance(volume, tuple) else np.take(volume, shape[plane] // 2, axis=plane)
     if cut.ndim == 2:
         cut = (cut - low) / max(high - low, 1e-6)
     pixels = (255 * np.clip(cut if plane == 0 else cut[::-1], 0, 1)).round().astype(np.uint8)

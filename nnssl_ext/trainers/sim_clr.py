@@ -20,6 +20,8 @@ from nnssl_ext.nn.projector import normalized_mlp
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_interval, check_several
+from nnssl_ext.trainers.pair_pictures import pair_rows
+from nnssl_ext.trainers.pictures import Rows
 
 # nnU-Net's operations and strengths; a tenth is blurred by lower resolution, none has inverted gamma
 INTENSITY = replace(NNUNET, low_resolution=replace(NNUNET.low_resolution, p=0.1), gamma_inverted=Chance())
@@ -51,7 +53,7 @@ class SimCLRTrainer(SSLTrainer):
 
     def views(self) -> ViewSpec:
         patch = self.config_plan.patch_size
-        turning = choose_turning(patch, self.config_plan.spacing, self.network_plan.cell)
+        turning = choose_turning(patch, self.config_plan.spacing, self.config_plan.in_volume(self.network_plan.cell))
         return IoUPair(patch, self.config.iou, intensity=INTENSITY, apart=True, turning=turning)
 
     def build(self, backbone: Backbone) -> nn.Module:
@@ -62,6 +64,9 @@ class SimCLRTrainer(SSLTrainer):
         self.health.add("projection", vectors)
         first, second = vectors.chunk(2)
         return {"total": nt_xent(first, second, self.config.temperature, subject_numbers(self.store, batch["first"].cases))}
+
+    def picture(self, batch: Batch) -> Rows:
+        return pair_rows(self.store, batch["first"], batch["second"])
 
 
 class Projection(nn.Module):

@@ -21,6 +21,8 @@ from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_interval, check_several
 from nnssl_ext.trainers.optim import Recipe, parameter_groups, set_rates
+from nnssl_ext.trainers.pair_pictures import pair_rows
+from nnssl_ext.trainers.pictures import Rows
 from nnssl_ext.trainers.schedules import cosine
 
 FEWEST = 16  # pairs of all processes from which moments of a batch are worth something
@@ -84,6 +86,9 @@ class SimSiamIoUTrainer(SSLTrainer):
         self.health.add("projection", z.flatten(0, 1))
         self.health.add("prediction", p.flatten(0, 1))  # normalised projections have a mean of zero, and look spread even if equal up to rounding
         return {"total": (negative_cosine(p[0], z[1]) + negative_cosine(p[1], z[0])) / 2}
+
+    def picture(self, batch: Batch) -> Rows:
+        return pair_rows(self.store, batch["first"], batch["second"])
 
 
 class Siamese(nn.Module):

@@ -56,7 +56,7 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
     ) -> None:
         super().__init__(plan, configuration, config, store, folder, family=family, device=device)
         check_several(self.batch_size, type(self).__name__)
-        self.turning = choose_turning(self.config_plan.patch_size, self.config_plan.spacing, self.network_plan.cell)
+        self.turning = choose_turning(self.config_plan.patch_size, self.config_plan.spacing, self.config_plan.in_volume(self.network_plan.cell))
 
     def views(self) -> ViewSpec:
         return TurnedPair(Crop(self.turning.size, NONE), self.turning, self.config.noise, self.config.swap)

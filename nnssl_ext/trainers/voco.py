@@ -57,7 +57,7 @@ class VoCoTrainer(SSLTrainer):
         if len(config.grid) != 3 or math.prod(config.grid) < 2:
             raise UserError(f"a grid of {config.grid} has no two neighbours along three axes", "option -o grid", "give three numbers, such as -o grid=1,3,3")
         patch = self.config_plan.patch_size
-        self.crop = local_crop(patch, self.network_plan.cell)
+        self.crop = local_crop(patch, self.config_plan.in_volume(self.network_plan.cell))
         if config.batch_size is None:
             crops = math.prod(config.grid) + config.targets
             self.batch_size = max(2, self.batch_size * math.prod(patch) // (crops * math.prod(self.crop)))

@@ -124,6 +124,23 @@ def swin_unetr(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": error + turn + contrast, "reconstruction": error, "rotation": turn, "contrast": contrast}
 
 
+def pixel_cluster(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Voxel by voxel: where it lies in the other crop, if it does, and minus the log of the share of what that crop is labelled there."""
+    losses = []
+    for name, other in (("first", "second"), ("second", "first")):
+        shares = trainer.model(batch[name].image).exp()
+        shares = shares / shares.sum(1, keepdim=True)
+        for i in range(len(shares)):
+            matrices = [np.vstack((view.affine[i].numpy(), (0, 0, 0, 1))) for view in (batch[name], batch[other])]
+            carry, labels, terms = np.linalg.inv(matrices[1]) @ matrices[0], batch[f"{other}_labels"].image[i, 0], []
+            for place in product(*map(range, labels.shape)):
+                there = [round(v) for v in (carry @ (*place, 1))[:3].tolist()]
+                if all(0 <= p < n for p, n in zip(there, labels.shape)) and labels[tuple(there)] > 0:
+                    terms.append(-shares[(i, int(labels[tuple(there)]) - 1, *place)].log())
+            losses.append(_mean(terms))
+    return {"total": _mean(losses)}
+
+
 def _quarter(plane: tuple[int, int]) -> np.ndarray:
     """Where a voxel of a volume that is turned once comes from, about the middle."""
     matrix = np.eye(3)
@@ -284,6 +301,49 @@ def dinov2(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": dino + ibot, "dino": dino, "ibot": ibot}
 
 
+def patch_cluster(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Places from the first to the last cell centre that both crops have, axis by axis; each vector's cross-entropy, one after the other."""
+    model, views = trainer.model, [batch["first"], batch["second"]]
+    maps = [model.backbone.pyramid(view.image)[-1] for view in views]
+    shape, edges, vectors = maps[0].shape[2:], trainer.backbone.strides[-1], [[], []]
+    for sample in range(len(maps[0])):
+        cells: list[list[list[float]]] = [[], []]
+        for axis, (n, edge) in enumerate(zip(shape, edges)):
+            lines = [(float(view.affine[sample, axis, axis]), float(view.affine[sample, axis, 3])) for view in views]
+            ends = [sorted(slope * ((cell + 0.5) * edge - 0.5) + start for cell in (0, n - 1)) for slope, start in lines]
+            low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+            for view, (slope, start) in enumerate(lines):
+                cells[view].append([((low + (high - low) * k / (n - 1) - start) / slope + 0.5) / edge - 0.5 for k in range(n)])
+        for view in range(2):
+            vectors[view] += [_unit(model.head.mlp(_read(maps[view][sample], place))) for place in product(*cells[view])]
+    prototypes = [_unit(row) for row in model.head.prototypes]
+    cosines = [torch.stack([torch.stack([(vector * prototype).sum() for prototype in prototypes]) for vector in view]) for view in vectors]
+    terms = []
+    for told, heard in (cosines, cosines[::-1]):
+        shares = (told.detach().double() / 0.05).exp()
+        for _ in range(3):
+            shares = shares / shares.sum(0)
+            shares = shares / shares.sum(1, keepdim=True)
+        for target, row in zip(shares, heard):
+            guess = (row / 0.1).exp()
+            terms.append(-(target.to(row.dtype) * (guess / guess.sum()).log()).sum())
+    return {"total": _mean(terms)}
+
+
+def _read(values: Tensor, place: Sequence[float]) -> Tensor:
+    """A map (C, d, h, w) between its cells, by the eight around a place."""
+    first = [min(max(int(p), 0), n - 2) for p, n in zip(place, values.shape[1:])]
+    terms = []
+    for corner in product((0, 1), repeat=3):
+        weight = math.prod(p - low if c else 1 - (p - low) for p, low, c in zip(place, first, corner))
+        terms.append(weight * values[(slice(None), *(low + c for low, c in zip(first, corner)))])
+    return _sum(terms)
+
+
+def _unit(row: Tensor) -> Tensor:
+    return row / row.square().sum().sqrt()
+
+
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["a"].image, batch["b"].image
 
@@ -323,12 +383,14 @@ ORACLES: dict[str, Oracle] = {
     "SparkMAETrainer": mae,
     "GVSLTrainer": gvsl,
     "ModelsGenesisTrainer": models_genesis,
+    "PixelClusterTrainer": pixel_cluster,
     "ReconContrastTrainer": recon_contrast,
     "SwinUNETRPretrainTrainer": swin_unetr,
     "DINOv2Trainer": dinov2,
     "DINOv2HighResTrainer": dinov2,
     "SimCLRTrainer": sim_clr,
     "SimSiamIoUTrainer": sim_siam_iou,
+    "PatchClusterTrainer": patch_cluster,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,

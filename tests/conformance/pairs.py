@@ -29,6 +29,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a met
     "VoCoTrainer": {"hidden": 32},
     "SimCLRTrainer": {"hidden": 32},
     "SimSiamIoUTrainer": {"hidden": 32, "bottleneck": 16},
+    "PatchClusterTrainer": {"prototypes": 8, "bottleneck": 16},
 }
 EARLIER: Mapping[str, str] = {"DINOv2HighResTrainer": "DINOv2Trainer"}  # whose weights a method goes on from, by trainer
 

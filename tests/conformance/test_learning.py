@@ -23,6 +23,7 @@ LEFT = 0.3  # of the first loss, at most, when a batch has been seen thirty time
 LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "DINOv2Trainer": 0.5,
     "DINOv2HighResTrainer": 0.5,
+    "PixelClusterTrainer": 0.6,
     "ReconContrastTrainer": 0.5,
     "SimSiamIoUTrainer": 0.5,
     "SwinUNETRPretrainTrainer": 0.75,
@@ -32,6 +33,7 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
 LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0}  # value of a perfect loss where that is not 0: a negative cosine
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
 VISIBLE_BY_METHOD = {"VolumeFusionTrainer": 0.5}  # where one of two crops has all the weight, nothing of the other one is seen
+LABELS = {"PixelClusterTrainer": {"first_labels", "second_labels"}}  # views with numbers of classes, which are told and not seen, by method
 PATCH = (8, 24, 16)  # no two axes alike
 
 
@@ -140,6 +142,9 @@ def check_reach(pair):
             (found,) = torch.autograd.grad(seen, view.image, allow_unused=True, retain_graph=True)
             if name == "target":
                 assert found is None or not found[sample].any(), "the target reaches the backbone"
+                continue
+            if name in LABELS.get(pair.method, ()):
+                assert found is None, "labels reach the backbone"
                 continue
             assert found is not None, f"'{name}' does not reach the backbone"
             hidden = torch.zeros_like(view.image[:, :1], dtype=torch.bool) if view.mask is None else hidden_voxels(view)[:, None]

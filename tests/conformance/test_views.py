@@ -12,6 +12,7 @@ from tests.make_data import TINY_SHAPE, ArrayStore
 CORRUPTED = {  # views with changed intensities, by method
     "GVSLTrainer": {"image"},
     "ModelsGenesisTrainer": {"image"},
+    "PixelClusterTrainer": {"first_labels", "second_labels"},
     "VolumeFusionTrainer": {"label"},
     **{name: {"image_0", "image_1"} for name in ("ReconContrastTrainer", "SwinUNETRPretrainTrainer")},
     **{name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")},

@@ -31,10 +31,12 @@ class Backbone(nn.Module):
         strides: voxels per cell of each pyramid level, (z, y, x).
         widths: channels of each pyramid level.
         supports: what a method may ask for: "pyramid", "decoder", "token_drop", ...
+        axes: of the library's network: 3, or 2 for one that reads slices.
     """
 
     family: ClassVar[str]
     supports: ClassVar[frozenset[str]]
+    axes: ClassVar[int] = 3
     net: Any
     strides: tuple[tuple[int, ...], ...]
     widths: tuple[int, ...]
@@ -80,9 +82,18 @@ def resolve(kwargs: dict[str, Any], imports: Sequence[str]) -> dict[str, Any]:
     return {key: pydoc.locate(value) if key in imports and value is not None else value for key, value in kwargs.items()}
 
 
-def families() -> dict[str, type[Backbone]]:
-    """Backbone classes by family name."""
-    return {cls.family: cls for cls in all_classes(Backbone, "nnssl_ext.nn.backbones").values()}
+def families(axes: int = 3) -> dict[str, type[Backbone]]:
+    """Backbone classes by family name, of volumes or, with two axes, of slices."""
+    return {cls.family: cls for cls in all_classes(Backbone, "nnssl_ext.nn.backbones").values() if cls.axes == axes}
+
+
+def backbone_class(config: ConfigPlan, family: str) -> type[Backbone]:
+    """The class of a configuration's backbone.
+
+    Raises:
+        UserError: the configuration has no network of this family.
+    """
+    return families(config.network(family).axes)[family]
 
 
 def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = "plan") -> Backbone:
@@ -97,8 +108,8 @@ def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = 
     Raises:
         UserError: unknown family; patch size not divisible by the strides or the token.
     """
-    network = config.network(family)
-    return families()[family](channels, config.patch_size, network.class_name, dict(network.kwargs), network.imports)
+    network, cls = config.network(family), backbone_class(config, family)
+    return cls(channels, config.patch_size, network.class_name, dict(network.kwargs), network.imports)
 
 
 def check_support(backbone: type[Backbone], needs: Iterable[frozenset[str]], method: str) -> None:
@@ -106,7 +117,8 @@ def check_support(backbone: type[Backbone], needs: Iterable[frozenset[str]], met
     needs, offered = tuple(needs), backbone.supports
     if not any(need <= offered for need in needs):
         wanted = " or ".join("+".join(sorted(need)) for need in needs)
-        raise UserError(f"{method} needs {wanted}; {backbone.family} offers {', '.join(sorted(offered))}", "option -b", "choose another backbone or trainer")
+        name = backbone.family if backbone.axes == 3 else f"{backbone.family} on slices"
+        raise UserError(f"{method} needs {wanted}; {name} offers {', '.join(sorted(offered))}", "option -b", "choose another backbone or trainer")
 
 
 def check_divisible(size: Sequence[int], divisor: Sequence[int], what: str, name: str = "patch size", where: str = "patch_size of the plan") -> None:

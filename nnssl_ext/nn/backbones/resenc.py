@@ -15,7 +15,7 @@ from nnssl_ext.nn.backbones.base import Backbone, check_divisible, resolve
 
 
 def total_strides(kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """Voxels per cell of each level, (z, y, x), from a network's keyword arguments."""
+    """Voxels per cell of each level, (z, y, x), from a network's keyword arguments; of a 2D network along its two axes."""
     return tuple(tuple(int(s) for s in level) for level in np.cumprod(np.asarray(kwargs["strides"]), axis=0))
 
 
@@ -27,7 +27,7 @@ class ResEncBackbone(Backbone):
 
     def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
         super().__init__(channels, patch_size, class_name, kwargs, imports)
-        self.strides = total_strides(kwargs)
+        self.strides = self._total_strides()
         self.widths = tuple(int(f) for f in kwargs["features_per_stage"])
         check_divisible(patch_size, self.strides[-1], "total stride")
         net_class: Any = resolve({"net": class_name}, ["net"])["net"]
@@ -58,3 +58,6 @@ class ResEncBackbone(Backbone):
 
     def adaptation(self) -> EncoderKeys:
         return EncoderKeys("encoder.stages", "encoder.stem", ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"))
+
+    def _total_strides(self) -> tuple[tuple[int, ...], ...]:
+        return total_strides(self.kwargs)

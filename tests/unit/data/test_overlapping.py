@@ -63,3 +63,10 @@ def test_crops_without_zoom_are_voxels_of_the_case_and_each_has_its_own_augmenta
 def test_all_crops_are_mirrored_alike():
     mirrored = [{tuple(np.diag(view.affine[:, :3]) < 0) for view in views.values()} for _, views in drawn((40, 48, 44), 40, locals=2)]
     assert all(len(kinds) == 1 for kinds in mirrored) and len(set().union(*mirrored)) == 8
+
+
+def test_crops_of_slices_are_of_one_slice():
+    store, spec = ArrayStore(1, (20, 40, 40)), OverlappingCrops((1, 16, 16), (1, 8, 8), locals=2, **ZOOMED)
+    for number in range(10):
+        views = spec.sample(store, 0, sample_rng(0, number))
+        assert len({float(view.affine[0, 3]) for view in views.values()}) == 1 and all(tuple(view.affine[0, :3]) == (1, 0, 0) for view in views.values())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnssl_ext.data.spatial import make_affine, rotation_matrix, to_case, to_crop
-from nnssl_ext.nn.correspondence import QUERIES, retrieval, shared_grid, shared_voxels
+from nnssl_ext.nn.correspondence import QUERIES, labels_of_other, retrieval, shared_grid, shared_voxels
 from nnssl_ext.nn.warp import warp
 
 GRID, TOKEN = (4, 5, 6), (4, 2, 3)
@@ -191,3 +191,26 @@ def test_shared_voxels_are_those_whose_centre_lies_in_the_other_view(pair):
 def test_the_share_of_the_voxels_of_crops_that_are_only_shifted_is_that_of_their_boxes():
     mask = shared_voxels(*(tensor(of) for of in PAIRS["shifted by whole voxels"]), SIZE)
     assert int(mask.sum()) == (SIZE[0] - 4) * (SIZE[1] - 3) * (SIZE[2] - 5)
+
+
+# Labels of the other view
+
+
+@pytest.mark.parametrize("pair", [*PAIRS.values(), (affine((20, 20, 20)), affine((22, 21, 19), (20, -10, 30))), (affine((20, 20, 20)), affine((90, 20, 20)))])
+def test_a_voxel_gets_the_label_of_the_nearest_voxel_of_the_other_view_and_0_outside_of_it(pair):
+    labels = np.random.default_rng(0).integers(1, 100, (2, *SIZE))
+    found = labels_of_other(torch.from_numpy(labels).float(), tensor(pair[0], pair[1]), tensor(pair[1], pair[1])).numpy()
+    assert np.array_equal(found[1], labels[1])  # of the same crop
+    for place in np.ndindex(*SIZE):
+        there = np.rint(to_crop(pair[1], to_case(pair[0], np.array(place)))).astype(int)
+        inside = all(0 <= p < n for p, n in zip(there, SIZE))
+        assert found[(0, *place)] == (labels[(0, *there)] if inside else 0)
+
+
+def test_labels_of_the_case_seen_through_either_view_are_the_same():
+    numbers = np.random.default_rng(0).integers(1, 100, (60, 60, 60))
+    pair = PAIRS["mirrored alike"]
+    seen = [numbers[tuple(to_case(of, np.stack(np.meshgrid(*map(np.arange, SIZE), indexing="ij"), -1)).round().astype(int).T)].T for of in pair]
+    found = labels_of_other(torch.from_numpy(seen[1])[None], tensor(pair[0]), tensor(pair[1]))[0].numpy()
+    shared = shared_voxels(tensor(pair[0]), tensor(pair[1]), SIZE)[0].numpy()
+    assert np.array_equal(found, np.where(shared, seen[0], 0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl_ext.nn.segmentation_losses import dice_ce
+from nnssl_ext.nn.segmentation_losses import cross_entropy, dice_ce
 
 
 def plain(logits, target):
@@ -67,3 +67,42 @@ def test_no_sample_depends_on_another_also_where_it_holds_fewer_classes():
     target[1] = 1
     apart = [dice_ce(logits[i : i + 1], target[i : i + 1]).item() for i in range(2)]
     assert dice_ce(logits, target).item() == pytest.approx(sum(apart) / 2, rel=1e-12)
+
+
+# Cross-entropy of voxels that have a class
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_mean_over_samples_of_means_over_voxels_with_a_class_equals_plain_loops(kind, tolerance):
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 4, 2, 3, 4, dtype=torch.float64), torch.randint(-1, 4, (3, 2, 3, 4))
+    target[1, :, :, 1:] = -1
+    mine, theirs, means = logits.to(kind, copy=True).requires_grad_(), logits.clone().requires_grad_(), []
+    for b in range(3):
+        shares = theirs[b].exp() / theirs[b].exp().sum(0)
+        torch.testing.assert_close(shares.sum(0), torch.ones(2, 3, 4, dtype=torch.float64))  # over the clusters of a voxel
+        terms = [-shares[(k, *place)].log() for place in torch.cartesian_prod(*map(torch.arange, (2, 3, 4))).tolist() if (k := int(target[(b, *place)])) >= 0]
+        means.append(sum(terms) / len(terms))
+    found, expected = cross_entropy(mine, target), sum(means) / 3
+    found.backward()
+    expected.backward()
+    assert found.dtype == kind and found.item() == pytest.approx(expected.item(), rel=tolerance)
+    torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+    assert bool((mine.grad.ne(0).any(1) == (target >= 0)).all())
+
+
+def test_where_every_voxel_has_a_class_it_is_pytorchs_and_where_none_has_it_is_0():
+    logits, target = torch.randn(2, 5, 4, 4, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (2, 4, 4, 4))
+    assert cross_entropy(logits, target).item() == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
+    nothing = cross_entropy(logits, torch.full_like(target, -1))
+    nothing.backward()
+    assert nothing.item() == 0 and not logits.grad.any()
+    half = cross_entropy(logits, torch.stack((target[0], torch.full_like(target[1], -1))))
+    assert half.item() == pytest.approx(F.cross_entropy(logits[:1], target[:1]).item() / 2, rel=1e-12)
+
+
+def test_logits_of_any_size_give_finite_values_and_gradients():
+    logits = torch.tensor([200.0, -200.0, 0.0]).view(1, 3, 1, 1, 1).repeat(1, 1, 2, 2, 2).requires_grad_()  # the softmax of the second one is 0 in fp32
+    loss = cross_entropy(logits, torch.ones(1, 2, 2, 2, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == pytest.approx(400) and bool(logits.grad.isfinite().all())

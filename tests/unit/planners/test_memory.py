@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.backbones.primus_v2 import PrimusV2Backbone
 from nnssl_ext.nn.backbones.resenc import ResEncBackbone
+from nnssl_ext.nn.backbones.resenc_slices import ResEncSlicesBackbone
 from nnssl_ext.planners import primus, resenc
 from nnssl_ext.planners.memory import Footprint, precision
 from nnssl_ext.trainers.mae import MaskedUNet
@@ -46,6 +47,17 @@ def test_the_memory_of_a_unet_in_training_is_estimated_within_thirty_percent(siz
         model, lambda x: model.head(model.backbone.decode(model.backbone.pyramid(x))), optimizer, image, precision(target), tmp_path / "trace.json"
     )
     assert network.batch_size == 2 and network.memory_gb == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize("target", [4.0, 24.0])
+@pytest.mark.parametrize(("size", "spacing", "patch"), [("nano", (1, 1), (256, 192)), ("tiny", (2, 1), (96, 160))])
+def test_the_memory_of_a_unet_on_slices_is_estimated_within_thirty_percent(size, spacing, patch, target, tmp_path):
+    network = resenc.network(spacing, patch, size, target, 4)
+    backbone = ResEncSlicesBackbone(1, (1, *patch), network.class_name, dict(network.kwargs), network.imports)
+    optimizer = torch.optim.SGD(backbone.parameters(), 1e-3, momentum=0.99, nesterov=True)
+    image = torch.randn(network.batch_size, 1, 1, *patch)
+    measured = step_peak_gb(backbone, lambda x: backbone.decode(backbone.pyramid(x)), optimizer, image, precision(target), tmp_path / "trace.json")
+    assert network.batch_size == 4 and network.memory_gb == pytest.approx(measured, rel=0.3)
 
 
 @pytest.mark.parametrize("target", [4.0, 24.0])

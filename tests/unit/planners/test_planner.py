@@ -14,7 +14,7 @@ from nnssl_ext.core.geometry import resampled_shape
 from nnssl_ext.core.plan import Plan, check
 from nnssl_ext.nn.backbones.base import build_backbone, resolve
 from nnssl_ext.planners import planner as planner_module
-from nnssl_ext.planners import primus, resenc
+from nnssl_ext.planners import primus, resenc, slices
 from nnssl_ext.planners.planner import Planner
 from tests.make_data import make_fingerprint, make_plan
 
@@ -67,11 +67,13 @@ def test_any_collection_gives_a_valid_plan_whose_patches_fit_strides_tokens_and_
     check(content)
     assert Plan.from_dict(content).as_dict() == content
     for config in plan.configurations.values():
-        strides = np.prod(config.networks["resenc"].kwargs["strides"], axis=0)
-        token = config.networks["primus"].kwargs["patch_embed_size"]
+        assert config.patch_size[config.slice_axis] == 1 if config.slice_axis is not None else "primus" in config.networks
+        strides = np.array(config.in_volume(config.networks["resenc"].cell))
+        token = config.networks["primus"].cell if "primus" in config.networks else strides
         patch = np.array(config.patch_size)
         assert (patch > 0).all() and not (patch % strides).any() and not (patch % token).any()
-        assert (patch < np.array(config.median_shape) + np.lcm(strides, token)).all()
+        smallest = 1 if config.slice_axis is None else slices.SMALLEST
+        assert (patch < np.maximum(config.median_shape, smallest) + np.lcm(strides, token)).all()
         deepest = patch // strides
         assert deepest.prod() >= 2 or len(config.networks["resenc"].kwargs["strides"]) == 1
         for network in config.networks.values():
@@ -177,7 +179,7 @@ def test_more_memory_never_means_a_smaller_patch():
 
 
 @pytest.mark.parametrize("size", list(resenc.SIZES))
-@pytest.mark.parametrize(("spacing", "patch"), [((1, 1, 1), (64, 64, 64)), ((5, 1, 1), (16, 96, 64))])
+@pytest.mark.parametrize(("spacing", "patch"), [((1, 1, 1), (64, 64, 64)), ((5, 1, 1), (16, 96, 64)), ((1, 1), (256, 256)), ((3, 1), (32, 96))])
 def test_the_count_of_feature_elements_equals_the_librarys_own(size, spacing, patch):
     from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
@@ -186,13 +188,15 @@ def test_the_count_of_feature_elements_equals_the_librarys_own(size, spacing, pa
     kwargs = network.kwargs
     counted = resenc.feature_elements(patch, kwargs["strides"], kwargs["features_per_stage"], kwargs["n_blocks_per_stage"])
     assert counted == net.compute_conv_feature_map_size(patch)
-    assert resenc.parameters(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]) == pytest.approx(sum(p.numel() for p in net.parameters()), rel=0.1)
+    counted = resenc.parameters(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"], len(patch))
+    assert counted == pytest.approx(sum(p.numel() for p in net.parameters()), rel=0.1)
 
 
 @pytest.mark.nnunet
 @settings(max_examples=60, deadline=None)
-@given(st.tuples(*[st.integers(8, 256)] * 3), st.tuples(*[st.floats(0.3, 8)] * 3))
-def test_the_topology_follows_nnunets_rule(patch, spacing):
+@given(st.tuples(*[st.integers(8, 256)] * 3), st.tuples(*[st.floats(0.3, 8)] * 3), st.sampled_from([2, 3]))
+def test_the_topology_follows_nnunets_rule(patch, spacing, axes):
+    patch, spacing = patch[:axes], spacing[:axes]
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch, 4, 999999)
@@ -217,6 +221,7 @@ def test_planning_primus_v2_changes_neither_the_patch_nor_other_networks(memory,
     fingerprint = make_fingerprint(shapes=(shape,) * 20, spacings=(spacing,) * 20)
     found, former = (planner(fingerprint, memory).plan("p").configurations for planner in (Planner, Without))
     assert found.keys() == former.keys() and "primus_v2" in found["onemmiso"].networks
+    assert found.pop("2d") == former.pop("2d")
     for name, config in found.items():
         cubes = config.networks["primus"].kwargs["patch_embed_size"] == [8, 8, 8]
         assert config.patch_size == former[name].patch_size and ("primus_v2" in config.networks) == cubes

@@ -11,6 +11,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.data.sampling import iou
 from nnssl_ext.data.spatial import bounds
+from nnssl_ext.trainers.config import parse_overrides
 from nnssl_ext.trainers.sim_clr import INTENSITY, SimCLRTrainer
 from tests.conformance.pairs import Pair, first_batch
 from tests.make_data import ArrayStore, tiny_store
@@ -39,6 +40,15 @@ def test_the_overlap_of_the_crops_is_their_true_one_also_where_much_is_wanted(in
         views = spec.sample(store, number % 8, sample_rng(0, number))
         found.append(iou(*(bounds(view.affine, view.image.shape[1:]) for view in views.values())))
     assert interval[0] <= min(found) and max(found) <= interval[1] and len(set(found)) > 2
+
+
+@pytest.mark.parametrize("patch", [(16, 16, 16), (1, 16, 16)], ids=str)
+@pytest.mark.parametrize("text", ["0,0", "1,1", "0.0001,0.3", "0,1"])
+def test_disjoint_equal_and_any_crops_can_be_positives_in_volumes_and_in_slices(text, patch, tmp_path):
+    interval = parse_overrides(SimCLRTrainer.Config, [f"iou={text}"])["iou"]
+    spec, store = Pair(SimCLRTrainer, "primus").trainer(tmp_path, patch=patch, iou=interval).views(), tiny_store()
+    found = {iou(*(bounds(view.affine, view.image.shape[1:]) for view in spec.sample(store, n % 8, sample_rng(0, n)).values())) for n in range(40)}
+    assert interval[0] <= min(found) and max(found) <= interval[1] and (len(found) > 2 or interval[0] == interval[1])
 
 
 def test_crops_are_mirrored_and_turned_each_by_itself(tmp_path):
