@@ -56,7 +56,7 @@ def baseline(family: str, seeds: Sequence[int], digest: str) -> Baseline:
         family,
         Unit(f"intensities_{family}", quality.intensities, common),
         {seed: Unit(f"untrained_{family}_{seed}", quality.untrained, {**common, "seed": seed}) for seed in seeds},
-        {seed: Unit(f"scratch_{family}_{seed}", finetune, _finetuning(family, seed, digest)) for seed in seeds},
+        {seed: Unit(f"scratch_{family}_{seed}", finetune, finetuning(family, seed, digest)) for seed in seeds},
     )
 
 
@@ -71,9 +71,10 @@ def trial(entry: Entry, seeds: Sequence[int], digest: str) -> Trial:
         entry,
         pretrained,
         {seed: Unit(f"probe_{entry.name}_{seed}", quality.trained, {"data": digest}, unit) for seed, unit in pretrained.items()},
-        {seed: Unit(f"finetune_{entry.name}_{seed}", finetune, _finetuning(entry.family, seed, digest), unit) for seed, unit in pretrained.items()},
+        {seed: Unit(f"finetune_{entry.name}_{seed}", finetune, finetuning(entry.family, seed, digest), unit) for seed, unit in pretrained.items()},
     )
 
 
-def _finetuning(family: str, seed: int, digest: str) -> dict[str, Any]:
+def finetuning(family: str, seed: int, digest: str) -> dict[str, Any]:
+    """Settings of quick fine-tuning with a seed on data with this hash."""
     return {"family": family, "patch": PATCH, "data": digest, "labels": LABELS, "training": asdict(FINE_TUNING[family]), "seed": seed}

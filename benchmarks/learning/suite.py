@@ -73,4 +73,10 @@ SUITE = (  # measured seconds per step on one thread
     Entry("SimMIMTrainer", "primus", 2000, 8, TRANSFORMER),  # 0.048
     Entry("ReconContrastTrainer", "primus", 800, 8, TRANSFORMER),  # 0.12
     Entry("DINOv2Trainer", "primus", 340, 16),  # 0.29
+    Entry("SimCLRTrainer", "resenc", 110, 8, UNET),  # 0.9
+    Entry("SimCLRTrainer", "primus", 550, 16, TRANSFORMER),  # 0.18
+    Entry("SimSiamIoUTrainer", "primus", 400, 16, TRANSFORMER),  # 0.25
+    Entry("VoCoTrainer", "resenc", 400, 4, UNET),  # 0.25
+    Entry("VoCoTrainer", "primus", 1300, 4, TRANSFORMER),  # 0.075
+    Entry("GVSLTrainer", "resenc", 145, 4, UNET),  # 0.68
 )

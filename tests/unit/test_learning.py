@@ -11,7 +11,7 @@ import torch
 from benchmarks import phantoms
 from benchmarks.learning import __main__ as program
 from benchmarks.learning import data as data_module
-from benchmarks.learning import study, units
+from benchmarks.learning import positives, study, units
 from benchmarks.learning.data import Data
 from benchmarks.learning.finetune import dice, seed_all
 from benchmarks.learning.pretrain import methods
@@ -112,6 +112,22 @@ def test_gains_are_differences_of_the_same_seed_and_each_seed_is_shown(tmp_path)
     assert lines[2] == "| raw intensities | resenc | - | - | 0.250 | - | - | - | - |"
     assert lines[3] == "| random weights | resenc | - | - | 0.210 (0.200, 0.220) | - | 0.550 (0.500, 0.600) | - | 7 |"
     assert lines[4] == "| MAETrainer | resenc | 30 | 7 | 0.300 (0.300, 0.300) | +0.090 (+0.100, +0.080) | 0.600 (0.700, 0.500) | +0.050 (+0.200, -0.100) | 7 |"
+
+
+def test_positives_are_pretrained_and_fine_tuned_with_all_pairs_of_seeds_and_their_table_counts_what_is_finished(tmp_path):
+    base, _ = made(tmp_path)
+    intervals = [positives.interval(name, "data") for name in positives.INTERVALS]
+    units_ = {unit.digest for one in intervals for unit in one.finetuned.values()}
+    assert len(units_) == 20 and len({unit.needs.digest for one in intervals for unit in one.finetuned.values()}) == 10
+    for one in intervals:
+        assert [len(chain) for chain in one.chains] == [4, 4] and all(unit.needs is chain[0] for chain in one.chains for unit in chain[1:])
+    for (first, second), unit in intervals[2].finetuned.items():
+        put(tmp_path, unit, dice=0.5 + 0.1 * first + 0.01 * second)
+        put(tmp_path, intervals[2].probed[first], knn_dice=0.3)
+    lines = positives.table(positives.rows(base, intervals, tmp_path)).splitlines()
+    assert lines[2] == "| none (from scratch) | 0.210 ± 0.014 | 0.200, 0.220 | 0.550 ± 0.071 | 0.500, 0.600 |"
+    assert lines[5] == "| [0.3, 0.6] | 0.300 ± 0.000 | 0.300, 0.300 | 0.555 ± 0.058 | 0.500, 0.510, 0.600, 0.610 |"
+    assert lines[7] == "| crops from anywhere | - |  | - |  |"
 
 
 def test_a_table_can_be_made_before_anything_is_finished(tmp_path):
