@@ -72,6 +72,18 @@ def tiny_plan(channels: int = 1, patch: tuple[int, int, int] = (16, 16, 16)) -> 
     return dataclasses.replace(plan, configurations={"3d_fullres": config})
 
 
+def slice_plan(channels: int = 1, axis: int = 0) -> Plan:
+    """A plan whose only configuration, 2d, has slices across an axis in patches of 16 x 16 voxels."""
+    order = (axis, *(other for other in range(3) if other != axis))
+    spacing, shape = ([values[order.index(other)] for other in range(3)] for values in ((4.0, 3.0, 3.0), TINY_SHAPE))
+    plan = make_plan(channels=channels, shapes=(shape,) * 8, spacings=(spacing,) * 8)
+    made = plan.configuration("2d")
+    flat = {**TINY["resenc"], **{key: [level[1:] for level in TINY["resenc"][key]] for key in ("kernel_sizes", "strides")}}
+    patch = tuple(1 if other == axis else 16 for other in range(3))
+    config = dataclasses.replace(made, patch_size=patch, networks={"resenc": _tiny(made.networks["resenc"], flat)})
+    return dataclasses.replace(plan, configurations={"2d": config})
+
+
 def _tiny(network: NetworkPlan, kwargs: Mapping[str, Any]) -> NetworkPlan:
     return dataclasses.replace(network, size="tiny", kwargs={**network.kwargs, **kwargs}, batch_size=2, memory_gb=0.001)
 

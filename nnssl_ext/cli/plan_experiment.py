@@ -48,7 +48,7 @@ def table(plan: Plan) -> list[str]:
     families = list(dict.fromkeys(family for config in plan.configurations.values() for family in config.networks))
     rows = [["configuration", "spacing, mm", "median case", "patch", *(f"{family} (batch)" for family in families)]]
     for name, config in plan.configurations.items():
-        spacing = "each case's own" if config.spacing is None else "x".join("own" if s is None else f"{s:.3g}" for s in config.spacing)
+        spacing = "each case's own" if config.spacing is None else "x".join("*" if s is None else f"{s:.3g}" for s in config.spacing)
         sizes = ["x".join(map(str, shape)) for shape in (config.median_shape, config.patch_size)]
         networks = [config.networks.get(family) for family in families]
         rows.append([name, spacing, *sizes, *("-" if network is None else f"{network.size} ({network.batch_size})" for network in networks)])

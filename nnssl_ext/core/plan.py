@@ -84,8 +84,8 @@ class ConfigPlan:
 
     data_identifier: str
     spacing: tuple[float | None, ...] | None
-    patch_size: tuple[int, int, int]
-    median_shape: tuple[int, int, int]
+    patch_size: tuple[int, ...]
+    median_shape: tuple[int, ...]
     normalization: Mapping[str, Normalization]
     resampling: Mapping[str, Any]
     networks: Mapping[str, NetworkPlan]

@@ -90,11 +90,11 @@ class Spatial:
         p_mirror: probability that any axis may be.
     """
 
-    rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rotation: tuple[float, ...] = (0.0, 0.0, 0.0)
     p_rotation: float = 0.0
     zoom: tuple[tuple[float, float], ...] = ((1.0, 1.0),) * 3
     p_zoom: float = 0.0
-    mirror: tuple[bool, bool, bool] = (True, True, True)
+    mirror: tuple[bool, ...] = (True, True, True)
     p_mirror: float = 1.0
 
     def within(self, size: Sequence[int]) -> Spatial:

@@ -91,9 +91,9 @@ def extent(size: Sequence[int], zoom: np.ndarray) -> tuple[int, ...]:
 
 
 def place(store: CaseStore, case: int, box: Box, size: Sequence[int], zoom: np.ndarray, rotation: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """The affine of a crop in the middle of a box."""
+    """The affine of a crop in the middle of a box; a slice is not zoomed across itself."""
     spacing = (1.0, 1.0, 1.0) if np.array_equal(rotation, np.eye(3)) else store.geometry(case).spacing  # it cancels without rotation
-    return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, zoom, mirrored)
+    return make_affine([(low + high - 1) / 2 for low, high in box], size, spacing, rotation, np.where(np.equal(size, 1), 1.0, zoom), mirrored)
 
 
 def cut(

@@ -58,7 +58,7 @@ def _configurations(plan: Plan, median: np.ndarray) -> Section:
 def _cases(plan: Plan, spacings: np.ndarray, shapes: np.ndarray) -> Section:
     section = Section("Cases")
     figure = Figure(figsize=(11, 5), layout="constrained")
-    target = plan.configurations["3d_fullres"].spacing
+    target = plan.configurations["3d_fullres"].spacing_for(np.median(spacings, axis=0).tolist())
     for row, (values, label) in enumerate(((spacings, "spacing, mm"), (shapes, "voxels of the body box"))):
         for axis in range(3):
             chart = figure.add_subplot(2, 3, 3 * row + axis + 1)
@@ -67,7 +67,7 @@ def _cases(plan: Plan, spacings: np.ndarray, shapes: np.ndarray) -> Section:
             chart.hist(values[:, axis], bins=24, range=(low - margin, high + margin), color="tab:blue")
             chart.set_xlabel(f"{label}, {AXES[axis]}")
             chart.yaxis.set_major_locator(MaxNLocator(integer=True))
-            if row == 0 and target is not None:
+            if row == 0:
                 chart.axvline(target[axis], color="tab:red", label="3d_fullres")
                 chart.legend()
     section.image(figure, "Number of cases by spacing and by size of the body box; red: the spacing of 3d_fullres.")

@@ -32,7 +32,7 @@ class GVSLTrainer(SSLTrainer):
     Source: He et al. 2023, arXiv:2303.00874.
     """
 
-    needs = (frozenset({"pyramid", "decoder"}),)
+    needs = (frozenset({"pyramid", "decoder", "volume"}),)
     trains_decoder = True
     citation = (
         "He, Y., Yang, G., Ge, R., Chen, Y., Coatrieux, J.-L., Wang, B., & Li, S. (2023). Geometric visual similarity learning in 3D medical image "

@@ -136,7 +136,7 @@ def _seconds(records: Sequence[Record]) -> float:
 
 def _description(run: Mapping[str, Any]) -> Section:
     section = Section("What runs")
-    spacing = "each case's own" if run["spacing"] is None else [f"{mm:.4g}" for mm in run["spacing"]]
+    spacing = "each case's own" if run["spacing"] is None else ["own" if mm is None else f"{mm:.4g}" for mm in run["spacing"]]
     rows = [
         ("method", f"{run['trainer']}, {run['parameters']:,} trainable parameters"),
         ("data", f"{run['dataset']}: {run['cases']['train']} cases for training, {run['cases']['validation']} for validation"),

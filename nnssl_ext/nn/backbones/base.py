@@ -30,7 +30,8 @@ class Backbone(nn.Module):
         net: the library's network; its state dict is what a checkpoint transfers.
         strides: voxels per cell of each pyramid level, (z, y, x).
         widths: channels of each pyramid level.
-        supports: what a method may ask for: "pyramid", "decoder", "token_drop", ...
+        supports: what a method may ask for: "pyramid", "decoder", "token_drop", ...; "volume" where
+            features depend on more than their own slice.
         axes: of the library's network: 3, or 2 for one that reads slices.
     """
 

@@ -38,7 +38,7 @@ class PrimusBackbone(Backbone):
     """
 
     family = "primus"
-    supports = frozenset({"pyramid", "token_drop", "mask_token", "any_size"})
+    supports = frozenset({"pyramid", "token_drop", "mask_token", "any_size", "volume"})
 
     def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
         super().__init__(channels, patch_size, class_name, kwargs, imports)

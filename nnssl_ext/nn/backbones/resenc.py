@@ -23,7 +23,7 @@ class ResEncBackbone(Backbone):
     """Encoder and decoder of a ResidualEncoderUNet; the decoder's segmentation layers stay unused and untrained."""
 
     family = "resenc"
-    supports = frozenset({"pyramid", "decoder", "sparse"})
+    supports = frozenset({"pyramid", "decoder", "sparse", "volume"})
 
     def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
         super().__init__(channels, patch_size, class_name, kwargs, imports)

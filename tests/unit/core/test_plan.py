@@ -31,6 +31,29 @@ def plan():
     return Plan("Dataset801_Test", "nnsslPlans", "Planner", 1, 8.0, "0" * 64, ("because",), configurations)
 
 
+def slices(**changes):
+    network = NetworkPlan("tiny", "package.Net", {"strides": [[1, 1], [2, 4]]}, (), 2, 1.5)
+    return config(**{"spacing": (1.0, None, 0.5), "patch_size": (64, 1, 64), "networks": {"resenc": network}, **changes})
+
+
+def test_a_configuration_of_slices_knows_its_axis_and_keeps_the_distance_of_slices():
+    assert (slices().slice_axis, config().slice_axis, config(spacing=None).slice_axis) == (1, None, None)
+    assert slices().spacing_for((9.0, 8.0, 7.0)) == (1.0, 8.0, 0.5)
+    assert config().spacing_for((9.0, 8.0, 7.0)) == (3.0, 1.0, 1.0) and config(spacing=None).spacing_for((9.0, 8.0, 7.0)) == (9.0, 8.0, 7.0)
+    assert slices().in_volume(slices().network("resenc").cell) == (2, 1, 4) and config().in_volume((2, 2, 2)) == (2, 2, 2)
+    assert slices().network("resenc").axes == 2 and config().network("resenc").axes == 3
+    with pytest.raises(UserError, match="'primus' has no network for slices.*\n.*\n.*-b resenc"):
+        slices().network("primus")
+
+
+def test_a_plan_with_slices_comes_back_equal_and_no_second_axis_may_be_left_open(tmp_path):
+    mixed = dataclasses.replace(plan(), configurations={"2d": slices()})
+    mixed.save(tmp_path / "plans.json")
+    assert Plan.load(tmp_path / "plans.json") == mixed
+    with pytest.raises(UserError, match="invalid plan: configurations/2d/spacing"):
+        dataclasses.replace(plan(), configurations={"2d": slices(spacing=(1.0, None, None))}).save(tmp_path / "plans.json")
+
+
 def test_a_plan_comes_back_equal_from_its_file(tmp_path):
     plan().save(tmp_path / "plans.json")
     assert Plan.load(tmp_path / "plans.json") == plan()

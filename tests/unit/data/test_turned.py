@@ -102,6 +102,8 @@ EVEN = (1.0, 1.0, 1.0)
         ((24, 40, 24), (1.0, 1.0, 2.0), (8, 5, 8), None),  # no edge of a square is a multiple of 40
         ((64, 64, 64), (3.0, 1.0, 0.9), STRIDE, None),
         ((64, 64, 64), None, STRIDE, None),
+        ((1, 96, 80), (None, 1.0, 1.0), (1, 16, 16), ((1, 80, 80), (1, 2))),  # slices are turned in their plane
+        ((96, 1, 80), (1.0, None, 1.0), (16, 1, 16), ((80, 1, 80), (0, 2))),
     ],
 )
 def test_the_plane_has_equal_spacing_and_equal_sides_that_the_strides_divide(patch, spacing, stride, expected):
@@ -111,6 +113,10 @@ def test_the_plane_has_equal_spacing_and_equal_sides_that_the_strides_divide(pat
     else:
         assert turning == Turning(*expected, (0, 1, 2, 3))
         assert all(edge % step == 0 for edge, step in zip(turning.size, stride))
+
+
+def test_slices_of_unequal_spacing_are_turned_by_half_a_turn_in_their_plane():
+    assert choose_turning((96, 96, 1), (1.0, 0.8, None), (16, 16, 1)) == Turning((96, 96, 1), (0, 1), (0, 2))
 
 
 def test_nearly_equal_spacing_counts_as_equal():

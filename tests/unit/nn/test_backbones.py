@@ -86,6 +86,6 @@ def test_unknown_families_are_refused_with_the_closest_name():
 
 
 def test_a_method_that_needs_more_than_a_family_offers_is_refused():
-    with pytest.raises(UserError, match="ToyTrainer needs sparse; primus offers any_size, mask_token, pyramid, token_drop"):
+    with pytest.raises(UserError, match="ToyTrainer needs sparse; primus offers any_size, mask_token, pyramid, token_drop, volume"):
         check_support(families()["primus"], [frozenset({"sparse"})], "ToyTrainer")
     check_support(families()["resenc"], [frozenset({"sparse"}), frozenset({"decoder"})], "ToyTrainer")
