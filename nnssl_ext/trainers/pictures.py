@@ -124,6 +124,8 @@ def cluster_rows(views: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> list[dic
 def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
     """Three slices of every volume, the middle ones: a line per caption, three columns per sample; lengths in proportion to mm.
 
+    Where all volumes are a single slice, it alone is shown.
+
     Args:
         rows: what is shown of each sample, by caption: grey (z, y, x), all of a sample on the scale of its first one (1-99 %), colours
             (z, y, x, 3) in [0, 1], three slices of either (axial, coronal, sagittal), or a text, which stands above the sample.
@@ -134,12 +136,13 @@ def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[floa
     captions = [caption for caption, shown in rows[0].items() if not isinstance(shown, str)]
     texts = [", ".join(f"{name} {text}" for name, text in row.items() if isinstance(text, str)) for row in rows]
     head = (3 if any(texts) else 2) * LINE + 2
-    width = MARGIN + len(rows) * (3 * (TILE + GAP) + GAP)
+    planes = _planes(rows[0])
+    width = MARGIN + len(rows) * (len(planes) * (TILE + GAP) + GAP)
     canvas = Image.new("RGB", (width, head + 2 + len(captions) * (TILE + GAP)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     pen.text((4, 2), title, fill="black", font=font)
     for sample, (volumes, text) in enumerate(zip(rows, texts)):
-        left = MARGIN + sample * (3 * (TILE + GAP) + GAP)
+        left = MARGIN + sample * (len(planes) * (TILE + GAP) + GAP)
         pen.text((left, LINE + 1), text, fill="black", font=font)
         grey = next((volume for volume in volumes.values() if isinstance(volume, np.ndarray) and volume.ndim == 3), np.zeros((1, 1, 1)))
         low, high = np.percentile(grey, (1, 99))
@@ -147,14 +150,21 @@ def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[floa
             top = head + line * (TILE + GAP)
             if sample == 0:
                 pen.multiline_text((4, top + 4), caption.replace(" (", "\n(").replace(", ", ",\n"), fill="black", font=font)
-            for plane, name in enumerate(PLANES):
-                x = left + plane * (TILE + GAP)
+            for column, plane in enumerate(planes):
+                x = left + column * (TILE + GAP)
                 if line == 0:
-                    pen.text((x, head - LINE - 1), name, fill="black", font=font)
+                    pen.text((x, head - LINE - 1), PLANES[plane], fill="black", font=font)
                 tile = _slice(volumes[caption], plane, spacing, low, high)
                 canvas.paste(tile, (x + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
     with atomic_path(path) as temporary:
         canvas.save(temporary, format="png", optimize=True)
+
+
+def _planes(row: Mapping[str, np.ndarray | Slices | str]) -> list[int]:
+    """The axes across which slices are shown."""
+    shapes = [volume.shape[:3] for volume in row.values() if isinstance(volume, np.ndarray)]
+    thin = [axis for axis in range(3) if shapes and all(shape[axis] == 1 for shape in shapes)]
+    return thin if len(thin) == 1 else list(range(len(PLANES)))
 
 
 def _slice(volume: np.ndarray | Slices | str, plane: int, spacing: Sequence[float], low: float, high: float) -> Image.Image:
