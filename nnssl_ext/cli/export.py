@@ -18,10 +18,11 @@ def add_handoff_options(arguments: argparse.ArgumentParser) -> None:
     """Options that `nnssl_export` and `nnssl_finetune` share."""
     arguments.add_argument("-ckpt", required=True, type=Path, help="checkpoint of nnssl_train")
     arguments.add_argument("-d", required=True, metavar="ID", help="downstream dataset in $nnUNet_raw: ID or name")
-    arguments.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="nnU-Net configuration to write (default: %(default)s)")
+    arguments.add_argument("-c", metavar="CONFIGURATION", help="nnU-Net configuration to write (default: 3d_fullres; 2d for a network of slices)")
     arguments.add_argument("-out", type=Path, metavar="FOLDER", help="folder of the weights file (default: beside the plan in $nnUNet_preprocessed)")
     arguments.add_argument("-spacing", choices=("like_pretrained", "own"), default="like_pretrained", help="spacing of the plan (default: %(default)s)")
-    arguments.add_argument("-patch_size", nargs=3, type=common.at_least_one, metavar=("Z", "Y", "X"), help="voxels (default: the pretraining's)")
+    help_patch = "voxels along Z Y X, of slices along their two axes (default: the pretraining's; whole slices)"
+    arguments.add_argument("-patch_size", nargs="+", type=common.at_least_one, metavar="N", help=help_patch)
     arguments.add_argument("-batch_size", type=common.at_least_one, metavar="N", help="default: the pretraining's, at least 2")
     arguments.add_argument("-np", type=common.at_least_one, default=4, metavar="N", help="worker processes of nnU-Net (default: %(default)s)")
 
@@ -29,14 +30,14 @@ def add_handoff_options(arguments: argparse.ArgumentParser) -> None:
 def hand_off(options: argparse.Namespace, trainer: str | None) -> Handoff:
     """Plan and weights as the shared options say; without `trainer` our own for the backbone family."""
     from nnssl_ext.finetuning import commands
-    from nnssl_ext.finetuning.plans import PlanOptions
+    from nnssl_ext.finetuning.plans import PlanOptions, default_configuration
     from nnssl_ext.finetuning.pretrained import Pretrained
     from nnssl_ext.finetuning.trainers import DEFAULT_TRAINERS
 
     dataset = commands.downstream_dataset(options.d)
     pretrained = Pretrained.load(options.ckpt)
     patch_size = None if options.patch_size is None else tuple(options.patch_size)
-    chosen = PlanOptions(options.c, options.spacing, patch_size, options.batch_size)
+    chosen = PlanOptions(options.c or default_configuration(pretrained), options.spacing, patch_size, options.batch_size)
     handoff = commands.hand_off(pretrained, dataset, chosen, trainer or DEFAULT_TRAINERS[pretrained.family], options.out, options.np)
     print(f"plan:    {handoff.plans}\nweights: {handoff.weights}\n{handoff.report}")
     return handoff

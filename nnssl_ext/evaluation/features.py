@@ -92,7 +92,7 @@ class Extractor:
         """
         pretrained = checkpoint if isinstance(checkpoint, Pretrained) else Pretrained.load(checkpoint)
         with torch.random.fork_rng(devices=[]):
-            backbone = pretrained.backbone(pretrained.channels, pretrained.config.patch_size)
+            backbone = pretrained.backbone(pretrained.channels, pretrained.patch_size)
         weights = load_checkpoint(pretrained.path)["network_weights"]  # all of them; `Pretrained` keeps what fine-tuning takes
         outcome = backbone.net.load_state_dict(weights, strict=False)
         lost = [*outcome.unexpected_keys, *outcome.missing_keys]

@@ -21,6 +21,7 @@ from nnssl_ext import __version__
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path, read_json
 from nnssl_ext.core.rng import torch_seed
+from nnssl_ext.finetuning.plans import check_configuration
 from nnssl_ext.finetuning.pretrained import Adapted, Pretrained, adapt, inside
 
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_trainers"
@@ -132,6 +133,7 @@ def export_nnunet(
         UserError: the target network cannot take all of the pretrained tensors, or the verification failed.
     """
     pretrained = ckpt if isinstance(ckpt, Pretrained) else Pretrained.load(ckpt)
+    check_configuration(pretrained, configuration)
     target = Target(Path(nnunet_plans), configuration, trainer)
     adapted = adapt(pretrained, target.channels, target.patch_size)
     network = target.build(seed)
@@ -196,9 +198,9 @@ def verify(file: Path, pretrained: Pretrained, adapted: Adapted, target: Target,
     with torch.random.fork_rng(devices=[]):
         backbone = pretrained.backbone(target.channels, target.patch_size).eval()
     load_into_modules(backbone.net, adapted.tensors, pretrained.modules)
-    shape = target.patch_size
+    shape = backbone.patch_size
     if "token_drop" not in backbone.supports:  # a convolutional encoder is checked on a smaller input: two voxels of the deepest map
-        shape = tuple(min(size, 2 * stride) for size, stride in zip(target.patch_size, backbone.strides[-1], strict=True))
+        shape = tuple(min(size, 2 * stride) for size, stride in zip(shape, backbone.strides[-1], strict=True))
     image = torch.randn((1, target.channels, *shape), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = backbone.pyramid(image)
@@ -226,7 +228,7 @@ def _check_fit(network: nn.Module, adapted: Adapted, pretrained: Pretrained, tar
 
 def _adaptation(pretrained: Pretrained, target: Target) -> dict[str, Any]:
     """The checkpoint's adaptation plan with the channels and the patch size that the exported tensors have now."""
-    patch = [int(size) for size in target.patch_size]
+    patch = [int(size) for size in pretrained.config.in_volume(target.patch_size)]
     plan = pretrained.adaptation["pretrain_plan"]["configurations"]
     configurations = {name: {**values, "patch_size": patch} for name, values in plan.items()}
     changed = {"pretrain_plan": {"configurations": configurations}, "pretrain_num_input_channels": target.channels, "recommended_downstream_patchsize": patch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nnssl_ext.finetuning.pretrained import Pretrained
 LIKE_PRETRAINED, OWN = "like_pretrained", "own"
 _OWN_SPACING = ("noresample", "median")  # pretraining configurations without a spacing of their own: nnU-Net needs one, the dataset decides
 _MIN_BATCH_SIZE = 2
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,15 @@ class PlanOptions:
     """What a user may choose about the nnU-Net plan.
 
     Args:
-        configuration: name of nnU-Net's configuration, such as "3d_fullres".
-        spacing: "like_pretrained" or "own" (nnU-Net's choice for the dataset).
-        patch_size: voxels, (z, y, x); None takes the pretraining's.
+        configuration: name of nnU-Net's configuration, such as "3d_fullres"; "2d" for a network of slices.
+        spacing: "like_pretrained" or "own" (nnU-Net's choice for the dataset), also for the axis across which slices lie.
+        patch_size: voxels, (z, y, x), of slices along two axes; None takes the pretraining's, of slices whole ones, see `patch_and_batch`.
         batch_size: None takes the pretraining's, at least 2.
     """
 
     configuration: str = "3d_fullres"
     spacing: str = LIKE_PRETRAINED
-    patch_size: tuple[int, int, int] | None = None
+    patch_size: tuple[int, ...] | None = None
     batch_size: int | None = None
 
 
@@ -59,16 +61,15 @@ def write_plans(pretrained: Pretrained, dataset: str, options: PlanOptions) -> P
         the plans file; `dataset.json` lies beside it, as nnU-Net expects.
 
     Raises:
-        UserError: no fingerprint, a patch size that the network cannot take, a 2D configuration.
+        UserError: no fingerprint, a patch size that the network cannot take, a configuration of other axes than the network's.
     """
     folder, raw = root("nnUNet_preprocessed") / dataset, root("nnUNet_raw") / dataset
     if not (folder / "dataset_fingerprint.json").is_file():
         raise UserError("the dataset has no nnU-Net fingerprint", folder, f"nnUNetv2_extract_fingerprint -d {dataset_number(dataset)}")
-    if options.configuration.startswith("2d"):
-        raise UserError("a 3D network was pretrained; nnU-Net's 2d configuration can't use it", "option -c", "use -c 3d_fullres")
+    check_configuration(pretrained, options.configuration)
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {options.batch_size}", "option -batch_size")
-    pretrained.check_patch_size(options.patch_size or pretrained.config.patch_size)
+    pretrained.check_patch_size(options.patch_size or pretrained.patch_size)
     planner = ExperimentPlanner(dataset, plans_name=plans_name(pretrained, options))
     content = _plans(planner, pretrained, options)
     recursive_fix_for_json_export(content)
@@ -76,6 +77,19 @@ def write_plans(pretrained: Pretrained, dataset: str, options: PlanOptions) -> P
     path = folder / f"{planner.plans_identifier}.json"
     write_json(path, content)
     return path
+
+
+def default_configuration(pretrained: Pretrained) -> str:
+    """nnU-Net's configuration that a checkpoint is for when nothing else is said."""
+    return "3d_fullres" if pretrained.network.axes == 3 else "2d"
+
+
+def check_configuration(pretrained: Pretrained, configuration: str) -> None:
+    """Raise a `UserError` unless networks of this configuration of nnU-Net have as many axes as the pretrained one."""
+    axes = 2 if configuration.startswith("2d") else 3
+    if axes != pretrained.network.axes:
+        what = f"a {pretrained.network.axes}D network was pretrained; nnU-Net's {configuration} configuration can't use it"
+        raise UserError(what, "option -c", f"use -c {default_configuration(pretrained)}")
 
 
 def dataset_number(dataset: str) -> int:
@@ -103,18 +117,24 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
     for index, (name, scheme) in enumerate(zip(_channel_names(planner.dataset_json), schemes, strict=True)):
         if scheme == "CTNormalization":
             intensities[str(index)].update(_ct_statistics(pretrained, name))
-    spacing = _spacing(planner, pretrained, options.spacing)
+    order = _order(planner, pretrained, options.spacing)
+    spacings, shapes = spacings[:, order], shapes[:, order]
+    first = 3 - pretrained.network.axes  # axis of those that the network sees, after the transposition
+    spacing = [float(s) for s in _spacing(planner, pretrained, options.spacing)[order][first:]]
+    resampled = [compute_new_shape(s[first:], old[first:], spacing) for s, old in zip(shapes, spacings, strict=True)]
+    patch, batch_size = patch_and_batch(pretrained, np.median(resampled, axis=0), options.patch_size)
     data, data_kwargs, labels, labels_kwargs = planner.determine_resampling()
     probabilities, probabilities_kwargs = planner.determine_segmentation_softmax_export_fn()
     reader = planner.determine_reader_writer().__name__
     ct = {index: intensities[str(index)] for index, scheme in enumerate(schemes) if scheme == "CTNormalization"}
-    preprocessing = [spacing, schemes, use_mask, ct, data.__name__, data_kwargs, labels.__name__, labels_kwargs, planner.preprocessor_name, reader]
+    grid = [order, spacing] if first else spacing
+    preprocessing = [grid, schemes, use_mask, ct, data.__name__, data_kwargs, labels.__name__, labels_kwargs, planner.preprocessor_name, reader]
     configuration = {
         "data_identifier": f"nnssl_{sha256_json(preprocessing)[:8]}",
         "preprocessor_name": planner.preprocessor_name,
-        "batch_size": options.batch_size or max(_MIN_BATCH_SIZE, pretrained.network.batch_size),
-        "patch_size": list(options.patch_size or pretrained.config.patch_size),
-        "median_image_size_in_voxels": np.median([compute_new_shape(s, old, spacing) for s, old in zip(shapes, spacings, strict=True)], axis=0),
+        "batch_size": options.batch_size or batch_size,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": np.median(resampled, axis=0),
         "spacing": spacing,
         "normalization_schemes": schemes,
         "use_mask_for_norm": use_mask,
@@ -124,8 +144,8 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
         "resampling_fn_seg_kwargs": labels_kwargs,
         "resampling_fn_probabilities": probabilities.__name__,
         "resampling_fn_probabilities_kwargs": probabilities_kwargs,
-        "architecture": _architecture(pretrained, options.patch_size or pretrained.config.patch_size),
-        "batch_dice": False,
+        "architecture": _architecture(pretrained, patch),
+        "batch_dice": bool(first),  # as nnU-Net: a slice often holds none of a class
     }
     return {
         "dataset_name": planner.dataset_name,
@@ -133,8 +153,8 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
         "original_median_spacing_after_transp": [float(s) for s in np.median(spacings, axis=0)],
         "original_median_shape_after_transp": [int(round(s)) for s in np.median(shapes, axis=0)],
         "image_reader_writer": reader,
-        "transpose_forward": [0, 1, 2],  # pretraining does not transpose
-        "transpose_backward": [0, 1, 2],
+        "transpose_forward": order,
+        "transpose_backward": [order.index(axis) for axis in range(3)],
         "configurations": {options.configuration: configuration},
         "experiment_planner_used": type(planner).__name__,
         "label_manager": "LabelManager",
@@ -143,10 +163,39 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
     }
 
 
-def _spacing(planner: ExperimentPlanner, pretrained: Pretrained, policy: str) -> list[float]:
-    if policy == OWN or pretrained.config.spacing is None or pretrained.configuration in _OWN_SPACING:
-        return [float(s) for s in planner.determine_fullres_target_spacing()]
-    return [float(s) for s in pretrained.config.spacing]
+def _order(planner: ExperimentPlanner, pretrained: Pretrained, policy: str) -> list[int]:
+    """Axes after nnU-Net's transposition: in 3D as they are, since pretraining does not transpose; the axis across slices comes first."""
+    axis = pretrained.config.slice_axis
+    if axis is None:
+        return [0, 1, 2]
+    first = int(planner.determine_transpose()[0][0]) if policy == OWN else axis
+    return [first, *(other for other in range(3) if other != first)]
+
+
+def _spacing(planner: ExperimentPlanner, pretrained: Pretrained, policy: str) -> np.ndarray:
+    """mm, (z, y, x)."""
+    own = np.array(planner.determine_fullres_target_spacing(), float)
+    if policy == OWN or pretrained.configuration in _OWN_SPACING:
+        return own
+    return np.array(pretrained.config.spacing_for(own.tolist()))
+
+
+def patch_and_batch(pretrained: Pretrained, median: np.ndarray, wanted: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], int]:
+    """Patch and batch size: those of the pretraining; in 2D whole slices, and as many pixels in a batch as in the pretraining.
+
+    Args:
+        pretrained: the checkpoint.
+        median: voxels of the median case along the network's axes.
+        wanted: the patch, where it is given.
+    """
+    patch, batch_size = wanted or pretrained.patch_size, pretrained.network.batch_size
+    if pretrained.network.axes == 2:
+        pixels, stride = batch_size * math.prod(pretrained.patch_size), np.array(pretrained.network.cell)
+        edges = np.ceil(median / stride)
+        shrunk = min(1.0, math.sqrt(pixels / (_MIN_BATCH_SIZE * float(np.prod(edges * stride)))))
+        patch = wanted or tuple(int(edge) for edge in np.maximum(np.ceil(edges * shrunk - _ROUNDING), 2) * stride)
+        batch_size = pixels // math.prod(patch)
+    return patch, max(_MIN_BATCH_SIZE, batch_size)
 
 
 def _channel_names(dataset_json: dict[str, Any]) -> list[str]:

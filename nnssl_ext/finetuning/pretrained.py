@@ -90,6 +90,12 @@ class Pretrained:
         return self.config.network(self.family)
 
     @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels of the pretraining's patch along the axes of the network: (z, y, x), of slices two of them."""
+        axis = self.config.slice_axis
+        return tuple(size for other, size in enumerate(self.config.patch_size) if other != axis)
+
+    @property
     def channels(self) -> int:
         return int(self.adaptation["pretrain_num_input_channels"])
 
@@ -104,8 +110,11 @@ class Pretrained:
         return digest.hexdigest()
 
     def check_patch_size(self, patch_size: Sequence[int]) -> None:
-        """Raise a `UserError` unless the network takes patches of `patch_size` voxels, (z, y, x)."""
+        """Raise a `UserError` unless the network takes patches of `patch_size` voxels, along its axes."""
         kwargs = self.network.kwargs
+        if len(patch_size) != self.network.axes:
+            what = f"a patch of a {self.network.axes}D network has {self.network.axes} edges, not {len(patch_size)}"
+            raise UserError(what, "patch size", f"give {' '.join('ZYX'[-self.network.axes :])} in voxels")
         if "strides" not in kwargs:
             check_divisible(patch_size, kwargs["patch_embed_size"], "token size")
             return
@@ -115,8 +124,8 @@ class Pretrained:
             raise UserError("the deepest feature map would be one voxel, which instance normalisation cannot take", "patch size", "choose a larger -patch_size")
 
     def backbone(self, channels: int, patch_size: Sequence[int]) -> Backbone:
-        """A freshly initialised backbone of the pretrained topology for other channels and another patch size."""
-        config = dataclasses.replace(self.config, patch_size=(patch_size[0], patch_size[1], patch_size[2]))
+        """A freshly initialised backbone of the pretrained topology for other channels and another patch size, along the network's axes."""
+        config = dataclasses.replace(self.config, patch_size=self.config.in_volume(patch_size))
         return build_backbone(config, self.family, channels, str(self.path))
 
 
@@ -136,7 +145,7 @@ class Adapted:
 
 
 def adapt(pretrained: Pretrained, channels: int, patch_size: Sequence[int]) -> Adapted:
-    """The reference transform of the pretrained tensors for `channels` and `patch_size` (voxels); all others stay bitwise."""
+    """The reference transform of the pretrained tensors for `channels` and `patch_size` (voxels along the network's axes); all others stay bitwise."""
     tensors, resized, repeated = dict(pretrained.weights), [], []
     for module in pretrained.adaptation["keys_to_in_proj"]:
         name = f"{module}.weight"

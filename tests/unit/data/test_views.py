@@ -146,6 +146,36 @@ def test_thick_slices_are_turned_and_zoomed_within_their_planes():
         assert np.array_equal(spatial.draw_turn(rng)[0][0], [1, 0, 0])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("spec", [Crop((16, 16, 16), STRONG), MultiCrop((24, 24, 24), (12, 12, 12), 2, spatial=STRONG)], ids=["crop", "multi-crop"])
+def test_crops_of_slices_are_turned_zoomed_and_mirrored_in_their_plane_and_show_one_slice(spec, axis):
+    flat = {name: tuple(1 if other == axis else n for other, n in enumerate(size)) for name, size in vars(spec).items() if name.endswith("size")}
+    spec, store, turned = replace(spec, **flat), coordinate_store(spacing=(2.0, 3.0, 4.0)), 0
+    seen, mirrored = set(), set()
+    for i in range(40):
+        views = spec.sample(store, 0, sample_rng(0, i))
+        (number,) = {float(view.affine[axis, 3]) for view in views.values()}  # all crops show the same slice
+        assert number % 1 == 0
+        for view in views.values():
+            inside = view.image[axis][tuple(np.array(view.image.shape[1:]) // 2)]  # corners that are turned out of the case are padded
+            assert inside == number and view.image[axis].max() <= max(number, 0)  # interpolated with no other slice
+            matrix = np.delete(np.delete(view.affine[:, :3], axis, 0), axis, 1)
+            assert view.affine[axis, axis] == 1 and np.count_nonzero(view.affine[axis, :3]) == np.count_nonzero(view.affine[:, axis]) == 1
+            turned += abs(matrix[0, 1]) > 0.01
+            mirrored.add(bool(np.linalg.det(matrix) < 0))
+        seen.add(number)
+    assert turned >= 36 and len(seen) > 15 and mirrored == {False, True}
+
+
+def test_multi_crop_of_slices_shows_the_wanted_shares_of_the_sampling_area():
+    store, spec, shares = ArrayStore(1, shape=(6, 100, 110)), MultiCrop((1, 24, 24), (1, 12, 12), 2, spatial=MIRROR), {"global": [], "local": []}
+    for i in range(150):
+        for name, view in spec.sample(store, 0, sample_rng(0, i)).items():
+            shares[name.split("_")[0]].append(abs(np.linalg.det(view.affine[:, :3])) * np.prod(view.image.shape[1:]) / 36**2)
+    assert 0.25 <= min(shares["global"]) and max(shares["global"]) <= 1 and abs(np.mean(shares["global"]) - 0.625) < 0.04
+    assert 0.03 <= min(shares["local"]) and max(shares["local"]) <= 0.25 and abs(np.mean(shares["local"]) - 0.14) < 0.015
+
+
 def test_a_zoomed_crop_stays_inside_the_case_before_it_is_turned():
     store = ArrayStore(1, shape=(40, 44, 36))
     spec = Crop((20, 20, 20), Spatial(zoom=((0.7, 1.6),) * 3, p_zoom=1.0))

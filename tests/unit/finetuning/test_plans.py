@@ -1,11 +1,14 @@
 """The nnU-Net plan of a checkpoint."""
 
 import json
+import math
 
+import numpy as np
 import pytest
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.finetuning.plans import PlanOptions, is_preprocessed, plans_name, write_plans
+from nnssl_ext.finetuning.plans import PlanOptions, is_preprocessed, patch_and_batch, plans_name, write_plans
 from nnssl_ext.finetuning.pretrained import Pretrained
 from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, write_fingerprint
 
@@ -104,12 +107,69 @@ def test_preprocessed_means_every_case(roots, tmp_path):
     assert is_preprocessed(plans, "3d_fullres")
 
 
+def of_slices(roots, tmp_path, spacings=((8.0, 3.0, 3.0),) * 4, shapes=((20, 100, 90),) * 4, **options):
+    """(configuration, whole plan) of a checkpoint of slices, for a dataset of these cases."""
+    dataset = make_dataset(roots, 901, cases=2)
+    write_fingerprint(roots, dataset, 1)
+    file = roots["nnUNet_preprocessed"] / dataset / "dataset_fingerprint.json"
+    content = json.loads(file.read_text()) | {"spacings": [list(s) for s in spacings], "shapes_after_crop": [list(s) for s in shapes]}
+    file.write_text(json.dumps(content))
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc", configuration="2d"))
+    content = json.loads(write_plans(pretrained, dataset, PlanOptions("2d", **options)).read_text())
+    return content["configurations"]["2d"], content
+
+
+def test_slices_are_planned_as_nnunet_plans_them(roots, tmp_path):
+    configuration, content = of_slices(roots, tmp_path)
+    stock = ExperimentPlanner("Dataset901_Tiny").plan_experiment()
+    theirs = stock["configurations"]["2d"]
+    assert configuration.keys() == theirs.keys()
+    same = ("spacing", "median_image_size_in_voxels", "normalization_schemes", "batch_dice", "preprocessor_name", "resampling_fn_data_kwargs")
+    assert {key: configuration[key] for key in same} == {key: json.loads(json.dumps(theirs[key], default=float)) for key in same}
+    for key in ("transpose_forward", "transpose_backward", "original_median_shape_after_transp", "original_median_spacing_after_transp"):
+        assert content[key] == [float(value) for value in stock[key]]
+    assert configuration["architecture"]["arch_kwargs"] == Pretrained.load(tmp_path / "c.pth").network.kwargs
+
+
+def test_whole_slices_are_fine_tuned_with_as_many_pixels_in_a_batch(roots, tmp_path):
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc", configuration="2d"))
+    pixels, stride = pretrained.network.batch_size * math.prod(pretrained.patch_size), pretrained.network.cell
+    configuration, _ = of_slices(roots, tmp_path)
+    assert configuration["patch_size"] == [-(-100 // stride[0]) * stride[0], -(-90 // stride[1]) * stride[1]]
+    assert configuration["batch_size"] == max(2, pixels // math.prod(configuration["patch_size"])) > 1
+
+
+def test_huge_slices_are_cut_so_that_two_patches_have_the_pixels_of_a_batch(tmp_path):
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc", configuration="2d"))
+    pixels, stride = pretrained.network.batch_size * math.prod(pretrained.patch_size), pretrained.network.cell
+    patch, batch_size = patch_and_batch(pretrained, np.array([1000.0, 2000.0]))
+    assert batch_size == 2 and not any(edge % step for edge, step in zip(patch, stride)) and patch[1] == pytest.approx(2 * patch[0], abs=2 * stride[0])
+    assert pixels / 2 <= math.prod(patch) < math.prod(edge + step for edge, step in zip((pixels / 4) ** 0.5 * np.array([1, 2]), stride))
+    assert patch_and_batch(pretrained, np.array([3.0, 3.0]))[0] == tuple(2 * step for step in stride)
+
+
+@pytest.mark.parametrize(("spacing", "order"), [("like_pretrained", [0, 1, 2]), ("own", [2, 0, 1])])
+def test_slices_lie_as_in_the_pretraining_or_as_nnunet_lays_them(roots, tmp_path, spacing, order):
+    configuration, content = of_slices(roots, tmp_path, ((1.0, 1.5, 7.0),) * 4, ((90, 80, 20),) * 4, spacing=spacing)
+    assert content["transpose_forward"] == order and [order[i] for i in content["transpose_backward"]] == [0, 1, 2]
+    assert configuration["spacing"] == ([1.0, 1.5] if spacing == "own" else [3.0, 3.0])
+    assert content["original_median_shape_after_transp"] == [[90, 80, 20][axis] for axis in order]
+
+
 def test_what_cannot_be_planned_is_refused(roots, tmp_path):
     dataset = make_dataset(roots, 901, cases=2)
     pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc"))
     with pytest.raises(UserError, match="no nnU-Net fingerprint"):
         write_plans(pretrained, dataset, PlanOptions())
     write_fingerprint(roots, dataset, 1)
-    for options, message in ((PlanOptions("2d"), "3D network"), (PlanOptions(batch_size=0), "batch size"), (PlanOptions(patch_size=(33, 32, 32)), "divisible")):
+    of_slices = Pretrained.load(make_checkpoint(tmp_path / "s.pth", "resenc", configuration="2d"))
+    with pytest.raises(UserError, match="a 2D network was pretrained; nnU-Net's 3d_fullres configuration can't use it"):
+        write_plans(of_slices, dataset, PlanOptions())
+    for options, message in (
+        (PlanOptions("2d"), "3D network"),
+        (PlanOptions(patch_size=(32, 32)), "has 3 edges, not 2"),
+        (PlanOptions(batch_size=0), "batch size"),
+        (PlanOptions(patch_size=(33, 32, 32)), "divisible"),
+    ):
         with pytest.raises(UserError, match=message):
             write_plans(pretrained, dataset, options)
