@@ -9,7 +9,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.evaluation.features import Extractor, PrincipalComponents, window_starts, window_weights
 from nnssl_ext.nn.backbones.base import Backbone, build_backbone
-from tests.make_data import tiny_plan
+from tests.make_data import slice_plan, tiny_plan
 
 PLAN = tiny_plan()
 GEOMETRY = ((2.0, 1.5, 1.0), (5.0, -7.0, 11.0), (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0))  # spacing (z, y, x), origin, turned about z
@@ -50,6 +50,21 @@ def test_a_volume_that_is_one_window_large_has_the_features_of_the_backbone_bit_
     with torch.no_grad():
         expected = backbone_of(family, channels).eval().pyramid(torch.from_numpy(image)[None])[extractor.level][0]
     assert found.values.dtype == np.float32 and np.array_equal(found.values, expected.numpy()) and found.values.std() > 0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_have_the_same_features_one_by_one_and_several_at_a_time(axis):
+    torch.manual_seed(0)
+    backbone = build_backbone(slice_plan(axis=axis).configuration("2d"), "resenc", 1)
+    shape, window = ([*plane[:axis], across, *plane[axis:]] for plane, across in (((24, 20), 6), ((16, 16), 4)))
+    image = volume(*shape)
+    alone, several = (Extractor(backbone, size).features(image, geometry(image)) for size in (None, tuple(window)))
+    assert alone.cell[axis] == 1 and alone.values.shape[1 + axis] == 6 and alone.geometry == several.geometry
+    np.testing.assert_allclose(alone.values, several.values, atol=1e-4)
+    with torch.no_grad():  # one window of each slice holds it all
+        part = np.take(image, [2], axis + 1)[:, :16, :16, :16]
+        expected = backbone.pyramid(torch.from_numpy(part)[None])[Extractor(backbone).level][0].numpy()
+    np.testing.assert_allclose(Extractor(backbone).features(part, geometry(part)).values, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])

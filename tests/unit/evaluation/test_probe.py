@@ -31,7 +31,7 @@ from nnssl_ext.nn.backbones.base import Backbone, build_backbone
 from nnssl_ext.trainers import base, run_log, sinks
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
-from tests.make_data import ArrayStore, tiny_plan
+from tests.make_data import ArrayStore, slice_plan, tiny_plan
 from tests.make_raw import labelled_dataset, write_image
 
 PLAN, CPU = tiny_plan(), torch.device("cpu")
@@ -247,6 +247,15 @@ def test_the_same_backbone_has_the_same_figures_and_no_random_number_is_drawn(fa
     assert first == prepared()(backbone, CPU)
     assert torch.equal(before, torch.get_rng_state()) and (legacy == np.random.get_state()[1]).all()  # noqa: NPY002
     assert all(0 < value <= 1 for value in first.values())
+
+
+def test_a_network_of_slices_is_probed_on_slices(folders):
+    labelled_dataset(folders["nnssl_raw"], cases=3, spacing=(6.0, 3.0, 3.0))
+    plan = slice_plan()
+    probe = find_probe("901", plan, "2d")()
+    torch.manual_seed(0)
+    figures = probe(build_backbone(plan.configuration("2d"), "resenc", 1).eval(), CPU)
+    assert figures and all(0 < value <= 1 for value in figures.values())
 
 
 SHORT = MAETrainer.Config(epochs=2, iterations=2, batch_size=1, workers=0)
