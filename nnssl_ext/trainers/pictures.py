@@ -16,7 +16,7 @@ from nnssl_ext.core.files import atomic_path
 from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.tokens import voxel_mask
-from nnssl_ext.trainers.colours import cluster_rgb, pca_rgb
+from nnssl_ext.trainers.colours import pca_rgb
 
 if TYPE_CHECKING:
     from nnssl_ext.trainers.base import SSLTrainer
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PLANES = ("axial", "coronal", "sagittal")
 TILE, GAP, MARGIN, LINE = 150, 4, 92, 18  # pixels: a slice's longest edge, between slices, captions at the left, a line of text
 SAMPLES, VIEWS = 2, 4  # that are shown, at most
-DARK = 0.35  # of the brightness is left where a picture points elsewhere
 COARSEST = 8  # voxels per cell of the feature map that is shown, at most (unless the network has none as fine)
 
 Slices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -105,20 +104,6 @@ def blend(image: np.ndarray, colours: np.ndarray, amount: float = 0.6) -> np.nda
     """Colours of cells (d, h, w, 3) over a grey image (z, y, x), as (z, y, x, 3) in [0, 1]."""
     grey = _grey(image)[..., None]
     return amount * enlarge(colours, image.shape) * (0.35 + 0.65 * grey) + (1 - amount) * grey
-
-
-def cluster_rows(views: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict[str, np.ndarray]]:
-    """Views of some samples, and the likeliest cluster of each of their cells in colour; dark where other views don't reach.
-
-    Args:
-        views: by name: crops (B, C, z, y, x), of which the first channel is shown; clusters (B, K, d, h, w), probabilities or
-            logits; which voxels other views share, (B, z, y, x) bool.
-    """
-    rows = volume_rows({name: image for name, (image, _, _) in views.items()})
-    for name, (_, clusters, shared) in views.items():
-        for row, colours, light in zip(rows, cluster_rgb(clusters), shared.cpu().numpy()):
-            row[f"{name} (clusters)"] = blend(row[name], colours) * np.where(light, 1.0, DARK)[..., None]
-    return rows
 
 
 def draw_volumes(rows: Rows, path: Path, title: str = "", spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:

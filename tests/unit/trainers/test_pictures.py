@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from nnssl_ext.trainers import pictures
-from nnssl_ext.trainers.colours import cluster_rgb, label_colour, pca_rgb
+from nnssl_ext.trainers.colours import cluster_rgb, label_colour, label_rgb, pca_rgb
 from nnssl_ext.trainers.mae import MAETrainer
-from nnssl_ext.trainers.pictures import DARK, MARGIN, TILE, blend, cluster_rows, draw_run, draw_volumes, enlarge, feature_level
+from nnssl_ext.trainers.pictures import MARGIN, TILE, blend, draw_run, draw_volumes, enlarge, feature_level
 from tests.make_data import ArrayStore, make_plan
 
 
@@ -55,15 +55,11 @@ def test_clusters_have_the_colour_of_the_likeliest():
     assert len({label_colour(number) for number in range(64)}) == 64
 
 
-def test_rows_of_clusters_show_their_colours_and_are_dark_where_nothing_is_shared():
-    image, clusters, shared = torch.rand(2, 1, 4, 4, 4), torch.randn(2, 5, 2, 2, 2), torch.zeros(2, 4, 4, 4, dtype=torch.bool)
-    shared[:, :2] = True
-    rows = cluster_rows({"first": (image, clusters, shared), "second": (image.flip(0), clusters, ~shared)})
-    assert [list(row) for row in rows] == [["first", "second", "first (clusters)", "second (clusters)"]] * 2
-    for sample, row in enumerate(rows):
-        bright = blend(image[sample, 0].numpy(), cluster_rgb(clusters)[sample])
-        np.testing.assert_allclose(row["first (clusters)"][:2], bright[:2])
-        np.testing.assert_allclose(row["first (clusters)"][2:], DARK * bright[2:])
+def test_numbers_of_clusters_have_the_colours_of_their_probabilities_and_0_is_black():
+    labels = np.random.default_rng(0).integers(0, 6, (3, 4, 5))
+    likely = torch.nn.functional.one_hot(torch.from_numpy(labels).clamp_min(1) - 1, 5).movedim(-1, 0)[None]
+    np.testing.assert_array_equal(label_rgb(labels), np.where(labels[..., None] > 0, cluster_rgb(likely)[0], 0))
+    assert label_rgb(np.zeros((2, 2), int)).max() == 0
 
 
 def test_cells_are_enlarged_to_their_voxels():
