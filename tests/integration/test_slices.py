@@ -14,7 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-from nnssl_ext.cli import export, features, plan_and_preprocess, train
+from nnssl_ext.cli import export, features, plan_and_preprocess, preprocess, train
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.finetuning import export as export_module
 from nnssl_ext.finetuning.commands import hand_off
@@ -101,6 +101,10 @@ def test_slices_are_planned_stored_trained_on_looked_at_and_handed_to_nnunet(raw
     assert features.main(["-ckpt", str(checkpoint), "-i", str(raw), "-o", str(out), "-device", "cpu"]) == 0
     (found, *_) = sorted(out.rglob("case0*.npz"))
     assert np.load(found)["features"].shape[1] == store.shape(0)[0]  # a map of every slice
+
+
+def test_slices_are_preprocessed_only_when_they_are_asked_for():
+    assert plan_and_preprocess.arguments().parse_args(["-d", "801"]).c == preprocess.arguments().parse_args(["-d", "801"]).c == ["3d_fullres"]
 
 
 def check_handed_over(pretrained: Pretrained, plans, weights) -> None:
