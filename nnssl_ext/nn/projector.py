@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from nnssl_ext.nn import distributed
 from nnssl_ext.nn.precision import wide
 
+EPS = 1e-5  # added to variances, as batch normalisation does
+
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of vectors (B, D) over the batches of all processes, on any device, in single precision.
@@ -30,8 +32,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         count = len(x) * distributed.ranks()
-        mean = distributed.summed(x.sum(0)) / count
-        variance = distributed.summed((x - mean).square().sum(0)) / count
+        mean, variance = moments(x)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -39,6 +40,23 @@ class BatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
         x = (x - mean) * (variance + self.eps).rsqrt()
         return x * self.weight + self.bias if self.affine else x
+
+
+class Standardize(nn.Module):
+    """Vectors (B, D) to mean 0 and variance 1 of each dimension over the batches of all processes, in training and in evaluation: nothing is remembered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = wide(x)
+            mean, variance = moments(x)
+            return (x - mean) * (variance + EPS).rsqrt()
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (D,) of the vectors (B, D) of all processes, of which each has as many; with gradient."""
+    count = len(x) * distributed.ranks()
+    mean = distributed.summed(x.sum(0)) / count
+    return mean, distributed.summed((x - mean).square().sum(0)) / count
 
 
 def normalized_mlp(widths: Sequence[int], *, last: bool) -> nn.Sequential:

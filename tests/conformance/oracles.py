@@ -224,6 +224,65 @@ def sim_siam_iou(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": -_mean([_cosine(p, z) for pair in pairs for p, z in zip(*pair)])}
 
 
+def dino_iou(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Cross-entropy of what the teacher says of a large crop and the student of each other crop, sample by sample."""
+    model, views = trainer.model, [view.image for view in batch.values()]
+    first, last = trainer.settings.temperatures
+    tau = first + (last - first) * trainer.next_step / trainer.total_steps
+
+    def cosines(net, images: list[Tensor]) -> list[list[Tensor]]:
+        features = [[*net.backbone.pyramid(image)[-1].flatten(2).mean(2)] for image in images]
+        if trainer.family == "resenc":
+            together = [x for view in features for x in view]
+            mean = _mean(together)
+            spread = (_mean([(x - mean) ** 2 for x in together]) + 1e-5).sqrt()
+            features = [[(x - mean) / spread for x in view] for view in features]
+        vectors = [[net.head.mlp(x[None])[0] for x in view] for view in features]
+        return [[torch.stack([_cosine(vector, row) for row in net.head.prototypes]) for vector in view] for view in vectors]
+
+    with torch.no_grad():
+        told = [[((t - model.centre.value) / tau).softmax(0) for t in view] for view in cosines(model.teacher.net, views[:2])]
+    heard = [[(s / 0.1).log_softmax(0) for s in view] for part in (views[:2], views[2:]) for view in cosines(model.student, part)]
+    terms = []
+    for t, s, sample in product(range(2), range(len(views)), range(len(views[0]))):
+        if t != s:
+            terms.append(-(told[t][sample] * heard[s][sample]).sum())
+    return {"total": _mean(terms)}
+
+
+def pcrl_v2(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Every scale, small crop, sample and voxel, one after the other."""
+    model, target = trainer.model, batch["target"].image
+    names = ["global_0", "global_1", *(name for name in batch if name.startswith("local_"))]
+    maps = {name: model.maps(batch[name].image) for name in names}
+    alike: dict[str, list[Tensor]] = {"global": [], "local": []}
+    errors: list[Tensor] = []
+    for number, (compare, restore) in enumerate(zip(model.comparisons, model.restorations)):
+        z = {name: compare.projector(maps[name][number].flatten(2).mean(2)) for name in names}
+        p = {name: compare.predictor(z[name]) for name in names}
+
+        def cs(a: str, b: str, z=z, p=p) -> Tensor:
+            return _mean([-(_cosine(p[a][i], z[b][i].detach()) + _cosine(p[b][i], z[a][i].detach())) / 2 for i in range(len(target))])
+
+        alike["global"].append(cs("global_0", "global_1"))
+        alike["local"].append(_sum([cs("global_0", name) + cs("global_1", name) for name in names[2:]]) / (2 * len(names[2:])))
+        errors.append(_squared(restore(maps["global_0"][number]), target))
+    losses = {"restoration": _squared(model.last(maps["global_0"][-1]), target), "middle": _mean(errors)}
+    losses |= {name: _mean(terms) for name, terms in alike.items()}
+    beta = (1 + math.cos(math.pi * trainer.next_step / trainer.total_steps)) / 2
+    return {"total": losses["restoration"] + losses["global"] + beta * losses["middle"] + losses["local"], **losses}
+
+
+def _squared(restored: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of an image's voxels and the means of the target's blocks that they cover."""
+    edges = [n // m for n, m in zip(target.shape[2:], restored.shape[2:])]
+    terms = []
+    for b, c, *place in product(*map(range, restored.shape)):
+        block = target[(b, c, *(slice(p * edge, (p + 1) * edge) for p, edge in zip(place, edges)))]
+        terms.append((restored[(b, c, *place)] - block.mean()) ** 2)
+    return _mean(terms)
+
+
 def toy_ema(trainer: SSLTrainer, batch: Batch) -> Losses:
     """1 - cosine of the prediction and the teacher's projection."""
     model, (a, b) = trainer.model, _pair(batch)
@@ -390,6 +449,8 @@ ORACLES: dict[str, Oracle] = {
     "DINOv2HighResTrainer": dinov2,
     "SimCLRTrainer": sim_clr,
     "SimSiamIoUTrainer": sim_siam_iou,
+    "DINOIoUTrainer": dino_iou,
+    "PCRLv2Trainer": pcrl_v2,
     "PatchClusterTrainer": patch_cluster,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,

@@ -26,6 +26,7 @@ STEPS = 20
 OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a method small, by trainer
     "DINOv2Trainer": (DINO := {"prototypes": 32, "hidden": 32, "bottleneck": 16, "locals": 2}),
     "DINOv2HighResTrainer": DINO,
+    "DINOIoUTrainer": DINO,
     "VoCoTrainer": {"hidden": 32},
     "SimCLRTrainer": {"hidden": 32},
     "SimSiamIoUTrainer": {"hidden": 32, "bottleneck": 16},

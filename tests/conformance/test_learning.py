@@ -23,6 +23,7 @@ LEFT = 0.3  # of the first loss, at most, when a batch has been seen thirty time
 LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "DINOv2Trainer": 0.5,
     "DINOv2HighResTrainer": 0.5,
+    "DINOIoUTrainer": 0.5,
     "PixelClusterTrainer": 0.6,
     "ReconContrastTrainer": 0.5,
     "SimSiamIoUTrainer": 0.5,
@@ -30,7 +31,7 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "VolumeFusionTrainer": 0.75,
     "VoCoTrainer": 0.6,
 }
-LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0}  # value of a perfect loss where that is not 0: a negative cosine
+LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0, "PCRLv2Trainer": -2.0}  # value of a perfect loss where that is not 0: negative cosines
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
 VISIBLE_BY_METHOD = {"VolumeFusionTrainer": 0.5}  # where one of two crops has all the weight, nothing of the other one is seen
 LABELS = {"PixelClusterTrainer": {"first_labels", "second_labels"}}  # views with numbers of classes, which are told and not seen, by method

@@ -13,6 +13,7 @@ CORRUPTED = {  # views with changed intensities, by method
     "GVSLTrainer": {"image"},
     "ModelsGenesisTrainer": {"image"},
     "PixelClusterTrainer": {"first_labels", "second_labels"},
+    "PCRLv2Trainer": {"global_0", "global_1"},
     "VolumeFusionTrainer": {"label"},
     **{name: {"image_0", "image_1"} for name in ("ReconContrastTrainer", "SwinUNETRPretrainTrainer")},
     **{name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")},

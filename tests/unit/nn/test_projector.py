@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl_ext.nn.projector import BatchNorm, normalized_mlp
+from nnssl_ext.nn.projector import BatchNorm, Standardize, normalized_mlp
 
 
 def test_layers_are_those_of_the_source():
@@ -28,6 +28,15 @@ def test_batch_normalisation_is_that_of_its_formula_while_training_and_by_runnin
         assert norm.running_var[channel].item() == pytest.approx(0.9 + 0.1 * variance * 6 / 5)
     expected = (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt()
     torch.testing.assert_close(norm.eval()(x), expected)
+
+
+def test_standardised_vectors_are_those_of_the_formula_while_training_and_afterwards():
+    torch.manual_seed(0)
+    norm, x = Standardize(), 2 * torch.randn(6, 3, dtype=torch.float64) + 1
+    expected = [[(v - sum(column) / 6) / (sum((w - sum(column) / 6) ** 2 for w in column) / 6 + 1e-5) ** 0.5 for v in column] for column in x.T.tolist()]
+    for mode in (True, False):
+        torch.testing.assert_close(norm.train(mode)(x).T.tolist(), expected)
+    assert not norm.state_dict() and bool((norm(torch.ones(1, 3)) == 0).all())
 
 
 def test_it_is_in_single_precision_under_autocast_and_finite_for_equal_vectors():
