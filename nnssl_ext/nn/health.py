@@ -58,6 +58,18 @@ def dimension_share(values: Tensor) -> Tensor:
     return energy.sum().square() / energy.square().sum().clamp_min(EPS) / len(values)
 
 
+def directions(x_nD: Tensor) -> Tensor:
+    """Participation ratio of the variances of the normalised vectors along their principal axes: D isotropic, 1 on a line, 0 constant.
+
+    It does not depend on the width: RankMe over min(n, D) is lower the wider the vectors are.
+    """
+    x = normalized(x_nD).double()
+    x = x - x.mean(0)
+    gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x
+    total = gram.trace()
+    return (total.square() / gram.square().sum().clamp_min(EPS**2) * (total > EPS * len(x))).float()
+
+
 def patch_variances(x_BPD: Tensor) -> tuple[Tensor, Tensor]:
     """Variance of normalised patch vectors within their image and between the images' means, summed over the dimensions.
 

@@ -25,7 +25,8 @@ MATRICES = 16  # weights whose update is measured
 COLLAPSE = "the features have collapsed: images can hardly be told apart any more"
 REMEDY = "lower the learning rate, lengthen the warm-up, and check what keeps the method from collapsing (predictor, centring, temperature, batch size)"
 KEPT = "checkpoint_best is not overwritten while this lasts"
-SPREAD, RANK, INFORMATION = 0.1, 0.05, 0.1  # std*sqrt(D), RankMe over min(n, D), nat: below them vectors count as collapsed
+SPREAD, INFORMATION = 0.1, 0.1  # std*sqrt(D), nat: below them vectors count as collapsed
+DIRECTIONS, RANK = 1.5, 0.1  # participation ratio, RankMe over min(n, D): below both vectors count as collapsed onto one direction
 FALL = 0.5  # features that no method declares must also have lost this share of the run's own largest spread
 
 
@@ -226,6 +227,7 @@ class HealthMonitor:
             found[f"{name}/std"], found[f"{name}/cosine"] = health.spread(x).item(), health.mean_cosine(x).item()
             found[f"{name}/rank_me"], found[f"{name}/dimensions"] = health.rank_me(values).item(), health.dimension_share(values).item()
             found[f"{name}/dead"], found[f"{name}/rank_share"] = health.dead_share(x).item(), found[f"{name}/rank_me"] / min(x.shape)
+            found[f"{name}/directions"] = health.directions(x).item()
             if name == "patches" and positions is not None:
                 found["position_r2"] = health.position_r2(x, positions[-VECTORS:].cpu()[finite]).item()
         for name in [*ready, "positions"] if "patches" in ready else ready:
@@ -287,14 +289,15 @@ class HealthMonitor:
         groups = {name.rpartition("/")[0] for name in figures if name.endswith("/std")} - {"pooled", "patches"}
         informed = {name: value for name, value in figures.items() if name.endswith("/MI")}
         if groups or informed:
-            flat = [g for g in sorted(groups) if figures[f"{g}/std"] < SPREAD or figures[f"{g}/rank_share"] < RANK]
+            narrow = {g for g in groups if figures[f"{g}/directions"] < DIRECTIONS and figures[f"{g}/rank_share"] < RANK}
+            flat = [g for g in sorted(groups) if figures[f"{g}/std"] < SPREAD or g in narrow]
         elif "patches/std" in figures and not self.declared:
             spread = figures["patches/std"]
             self.history["spread"] = [max([spread, *self.history["spread"]])]
             flat = ["patches"] if spread < min(SPREAD, (1 - FALL) * self.history["spread"][0]) else []
         else:
             return None
-        signs = [f"{g}: std*sqrt(D) {figures[f'{g}/std']:.2g}, RankMe {figures[f'{g}/rank_me']:.3g}" for g in flat]
+        signs = [f"{g}: std*sqrt(D) {figures[f'{g}/std']:.2g}, RankMe {figures[f'{g}/rank_me']:.3g}, directions {figures[f'{g}/directions']:.3g}" for g in flat]
         return signs + [f"{name} {value:.2g} nat" for name, value in informed.items() if value < INFORMATION]
 
 

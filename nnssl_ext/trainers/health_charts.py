@@ -34,7 +34,12 @@ CHARTS = (
         "std · √D of normalised vectors: 1 when they point everywhere, below 0.1 when a projection has collapsed.",
         ("std",),
     ),
-    Chart("Effective rank", "RankMe as a share of the largest possible: how many directions are in use; below 0.05 is a collapse.", ("rank_share",)),
+    Chart("Effective rank", "RankMe as a share of the largest possible, which grows with the width: low says little, falling does.", ("rank_share",)),
+    Chart(
+        "Directions",
+        "Along which vectors differ (participation ratio): a projection with less than 1.5, and less than 0.1 of the rank, has collapsed.",
+        ("directions",),
+    ),
     Chart("Cosine between vectors", "Mean over pairs of different vectors: 0 when they point everywhere, 1 when all are alike.", ("cosine",)),
     Chart("Information about the image", "Mutual information of image and prototype in nat: below 0.1 all images get the same answer.", ("MI",)),
     Chart(

@@ -12,6 +12,7 @@ FIGURES = {
     "mean_cosine": health.mean_cosine,
     "rank_me": lambda x: health.rank_me(health.singular_values(x)),
     "dimension_share": lambda x: health.dimension_share(health.singular_values(x)),
+    "directions": health.directions,
     "dead_share": health.dead_share,
     "position_r2": lambda x: health.position_r2(x, torch.zeros(len(x), 3)),
     "patch_variances": lambda x: torch.stack(health.patch_variances(x[None])),
@@ -65,6 +66,25 @@ def test_two_unequal_singular_values_in_closed_form():
     assert torch.allclose(values, torch.tensor([3.0, 1.0]), rtol=1e-5)
     assert health.rank_me(values).item() == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), rel=1e-5)
     assert health.dimension_share(values).item() == pytest.approx(100 / 82 / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40)])
+def test_directions_are_the_participation_ratio_of_the_variances_along_the_principal_axes(shape):
+    x = gaussian(*shape) + 2 * gaussian(1, shape[1], 1)
+    unit = torch.stack([row / row.norm() for row in x.double()])
+    variances = torch.linalg.svdvals(unit - unit.mean(0)).square()
+    assert health.directions(x).item() == pytest.approx((variances.sum() ** 2 / (variances**2).sum()).item(), rel=1e-5)
+
+
+def test_directions_are_one_on_a_line_two_on_a_circle_and_none_at_a_point_whatever_the_width_and_the_mean():
+    angle = torch.linspace(0, 2 * math.pi, 101)[:-1]
+    circle = torch.stack((angle.cos(), angle.sin()), 1)
+    for width in (4, 512):
+        basis = torch.linalg.qr(gaussian(width, 4)).Q.T
+        assert health.directions(circle @ basis[:2]).item() == pytest.approx(2, rel=1e-4)
+        assert health.directions(circle @ basis[:2] + 3 * basis[2]).item() == pytest.approx(2, rel=1e-4)
+        assert health.directions(circle[:, :1].sign() * basis[:1]).item() == pytest.approx(1, rel=1e-4)
+        assert health.directions(basis[:1].repeat(100, 1)).item() == 0
 
 
 @pytest.mark.parametrize("shape", [(20, 7), (7, 20)])
