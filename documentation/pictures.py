@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from benchmarks import methods as registered
-from benchmarks.common import NoiseStore, make_plan
+from benchmarks.common import ArrayLabels, NoiseStore, make_plan
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.evaluation.clusters import features_of, fit
+from nnssl_ext.evaluation.features import Extractor
 from nnssl_ext.evaluation.phantom import make_phantom
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.pictures import draw_run
@@ -32,6 +34,7 @@ IMAGES = Path(__file__).with_name("images")
 SIZE, SPACING, CASES = 64, 3.0, 16  # voxels per edge of a phantom, mm, number of phantoms
 WINDOW = (-200.0, 300.0)  # HU
 PATCH, BATCH, STEPS = (48, 48, 48), 2, 200
+CLUSTERS, CLUSTER_STEPS = 8, 60  # for methods that learn to tell clusters; training steps of the network by whose features they are found
 WIDEST, COLOURS = 900, 64  # of a picture: pixels, entries of the palette
 
 
@@ -53,6 +56,16 @@ class Phantoms(NoiseStore):
 
     def fill(self, case: int) -> list[float]:
         return [float(self.arrays[case].min())]
+
+    def clusters(self) -> ArrayLabels:
+        """Clusters by the features of a U-Net after a short training with MAETrainer."""
+        with tempfile.TemporaryDirectory() as folder:
+            extractor = Extractor(train(methods()["MAETrainer"], "resenc", CLUSTER_STEPS, Path(folder)).transferred())
+        store: Any = self
+        model = fit(store, extractor, "MAETrainer", CLUSTERS)
+        maps = [features_of(store, case, extractor)[1] for case in range(len(store))]
+        labels = [model.labels(found, array, np.ones(array.shape[1:], bool))[None] for found, array in zip(maps, self.arrays)]
+        return ArrayLabels([volume.astype(np.uint8) for volume in labels], CLUSTERS)
 
 
 @cache
