@@ -42,8 +42,8 @@ class PatchClusterTrainer(SSLTrainer):
         iou: tuple[float, ...] = field(default=(0.3, 1.0), metadata=SHARE)  # of the two crops, lowest and highest
         prototypes: int = field(default=32, metadata=AT_LEAST_ONE)
         bottleneck: int = field(default=64, metadata=AT_LEAST_ONE)  # dimensions of the sphere on which they lie
-        temperature: float = 0.1  # of the predictions; Caron et al., appendix A
-        sharpness: float = 0.05  # temperature of the assignments; Caron et al., appendix A
+        temperature: float = 0.1  # of the predictions; Caron et al.
+        sharpness: float = 0.05  # temperature of the assignments; Caron et al.
 
     def __init__(
         self, plan: Plan, configuration: str, config: Config, store: CaseStore, folder: Path | str, *, family: str | None = None, device: str = "cpu"
