@@ -39,6 +39,7 @@ class ReconContrastTrainer(SSLTrainer):
 
     default_family = "primus"
     trains_decoder = True
+    transfers_decoder = False  # as in the source
     recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-4, 0.0, 0.0, 12.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
     citation = (
         "Cardoso, M. J., Li, W., Brown, R., Ma, N., Kerfoot, E., Wang, Y., ... Feng, A. (2022). "

@@ -38,6 +38,7 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
     """
 
     trains_decoder = True
+    transfers_decoder = False  # as in the source
     recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 4e-4, 1e-5, 0.002, 1.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
     citation = (
         "Tang, Y., Yang, D., Li, W., Roth, H. R., Landman, B., Xu, D., Nath, V., & Hatamizadeh, A. (2022). "

@@ -257,6 +257,11 @@ def test_a_fresh_backbone_with_the_weights_that_are_handed_over_computes_the_sam
     check_export(trainer, trainer.state()["network_weights"])
 
 
+def test_decoders_are_handed_over_where_the_source_does_it():
+    handing = {name for name, cls in registered().items() if cls.trains_decoder and cls.transfers_decoder}
+    assert handing == {f"{name}Trainer" for name in ("GVSL", "MAE", "ModelsGenesis", "PixelCluster", "SimMIM", "VolumeFusion")}
+
+
 @pytest.mark.parametrize("family", ["resenc", "primus"])
 def test_weights_of_another_network_are_found(family):
     trainer = trained(Pair(MAETrainer, family))[0]
