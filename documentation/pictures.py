@@ -62,7 +62,7 @@ class Phantoms(NoiseStore):
         with tempfile.TemporaryDirectory() as folder:
             extractor = Extractor(train(methods()["MAETrainer"], "resenc", CLUSTER_STEPS, Path(folder)).transferred())
         store: Any = self
-        model = fit(store, extractor, "MAETrainer", CLUSTERS)
+        model = fit(store, extractor, "MAETrainer", CLUSTERS, voxels=50_000)
         maps = [features_of(store, case, extractor)[1] for case in range(len(store))]
         labels = [model.labels(found, array, np.ones(array.shape[1:], bool))[None] for found, array in zip(maps, self.arrays)]
         return ArrayLabels([volume.astype(np.uint8) for volume in labels], CLUSTERS)

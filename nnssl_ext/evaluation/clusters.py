@@ -111,11 +111,18 @@ def upsampler_of(name: str, found: FeatureMap, volume: np.ndarray) -> Upsampler:
 
 
 def fit(
-    store: CaseStore, extractor: Extractor, identity: str, classes: int = 10, upsampling: str = "trilinear", seed: int = 0, scratch: Path | None = None
+    store: CaseStore,
+    extractor: Extractor,
+    identity: str,
+    classes: int = 10,
+    upsampling: str = "trilinear",
+    seed: int = 0,
+    scratch: Path | None = None,
+    voxels: int = 0,
 ) -> ClusterModel:
     """Cluster the body's voxels of all cases.
 
-    Up to `VOXELS` of them are drawn, evenly over the bodies of all cases, and all count at once: neither the order of the cases nor that
+    Up to `VOXELS` of them (or `voxels`) are drawn, evenly over the bodies of all cases, and all count at once: neither the order of the cases nor that
     of the voxels matters.
 
     Args:
@@ -124,6 +131,7 @@ def fit(
         upsampling: from cells to voxels, "trilinear" or "bilateral".
         seed: of the drawn voxels and of the starts of k-means.
         scratch: folder for the features of the drawn voxels; None: the system's.
+        voxels: that are drawn at most; 0: `VOXELS`.
 
     Raises:
         UserError: other channels than the backbone takes, a case that can't be read, no body, fewer different voxels than clusters.
@@ -133,7 +141,7 @@ def fit(
         what = f"the cases have {len(store.fill(0))} channel(s), the checkpoint's backbone takes {extractor.backbone.channels}"
         raise UserError(what, "option -ckpt", "give a checkpoint that was pretrained with the channels of this dataset")
     bounds = np.cumsum([0, *(int(body_voxels(store, case).sum()) for case in range(len(store)))])
-    total = min(VOXELS, int(bounds[-1]))
+    total = min(voxels or VOXELS, int(bounds[-1]))
     if total < classes:
         raise UserError(
             f"the bodies of all cases have {total} voxels, too few for {classes} clusters", "option -k", "choose fewer, or look at the dataset's page"
