@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import FolderLock, atomic_path, sha256_json
 from nnssl_ext.core.rng import sample_rng
 from nnssl_ext.evaluation.features import Extractor, FeatureMap, PrincipalComponents
 from nnssl_ext.evaluation.upsample import Upsampler
-from nnssl_ext.nn.kmeans import kmeans
 from nnssl_ext.preprocessing.clusters import are_current, read_model, write_labels
 from nnssl_ext.preprocessing.parallel import Workers, run_all
 from nnssl_ext.preprocessing.store import BODY_CELL, CaseStore
@@ -31,6 +34,7 @@ from nnssl_ext.trainers.pictures import blend, draw_volumes
 VOXELS, COMPONENTS = 2_000_000, 64  # of all cases that the clusters are fitted to; principal components, both at most
 _FOR_COMPONENTS = 65_536  # of these voxels that the components are fitted to, about
 _AT_ONCE = 2**18  # voxels that are interpolated together
+_BATCH = 2**14  # voxels of an iteration of k-means
 _DRAWN, _SHOWN = 20, 256  # cases that get a picture; voxels of a picture's longest edge, about
 
 
@@ -159,10 +163,35 @@ def fit(
         some = np.concatenate([part[:: -(-total // _FOR_COMPONENTS)] for part in parts])
         components = PrincipalComponents.fit(some, min(COMPONENTS, *some.shape))
         points = np.concatenate([components.project(part[rows].T).T for part in parts for rows in _parts(len(part))])
-    found = kmeans(torch.from_numpy(points).to(extractor.device), classes, sample_rng(seed, 0, "clusters"))
+    centres, counts, inertia = cluster(points, classes, seed)
     settings = {"checkpoint": identity, "window": list(extractor.size), "overlap": extractor.overlap, "upsampling": upsampling, "seed": seed}
-    sizes = {"cases": len(store), "voxels": total, "shares": [round(float(n) / total, 4) for n in found.counts], "variance": found.inertia / total}
-    return ClusterModel(components, found.centres.cpu().numpy(), settings | sizes | {"data_hash": store.data_hash()})
+    sizes = {"cases": len(store), "voxels": total, "shares": [round(int(n) / total, 4) for n in counts], "variance": inertia / total}
+    return ClusterModel(components, centres, settings | sizes | {"data_hash": store.data_hash()})
+
+
+def cluster(points: np.ndarray, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """K-means of points (n, N) by mini-batches from the best of five starts by k-means++; on one thread, since sums of several differ.
+
+    Returns:
+        centres (K, N) float32, of the largest cluster first; points of each cluster, (K,); sum of the squared distances to the nearest centre.
+
+    Raises:
+        UserError: the points fall into fewer clusters.
+
+    Source: Sculley 2010, doi:10.1145/1772690.1772862, as implemented in scikit-learn.
+    """
+    state = int(sample_rng(seed, 0, "clusters").integers(2**32))
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters: said below
+        found = MiniBatchKMeans(classes, n_init=5, batch_size=_BATCH, random_state=state).fit(points)
+        labels = found.predict(points)
+    counts = np.bincount(labels, minlength=classes)
+    if not counts.all():
+        held = int((counts > 0).sum())
+        raise UserError(f"the features fall into {held} clusters, not into {classes}", "option -k", f"choose at most {held}, or another checkpoint")
+    inertia = float(((points - found.cluster_centers_[labels]) ** 2).sum(dtype=np.float64))
+    order = np.argsort(-counts, kind="stable")
+    return found.cluster_centers_[order].astype(np.float32), counts[order], inertia
 
 
 def assign(store: CaseStore, model: ClusterModel, extractor: Extractor, folder: Path, patch_size: tuple[int, ...]) -> dict[str, str]:

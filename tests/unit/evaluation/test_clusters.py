@@ -12,7 +12,7 @@ from nnssl_ext.cli.cluster import UPSAMPLING
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.evaluation import clusters
-from nnssl_ext.evaluation.clusters import ClusterModel, assign, body_voxels, features_of, fit, upsampler_of
+from nnssl_ext.evaluation.clusters import ClusterModel, assign, body_voxels, cluster, features_of, fit, upsampler_of
 from nnssl_ext.evaluation.features import Extractor
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.preprocessing.clusters import FOLDER, MODEL
@@ -104,6 +104,18 @@ def test_components_and_inertia_are_those_of_scikit_learn(store, extractor, monk
     inertia = model.settings["variance"] * len(points)
     assert inertia == pytest.approx(KMeans(4, init=model.centres, n_init=1).fit(model.components.project(points.T).T).inertia_, rel=1e-3)
     assert inertia <= 1.02 * KMeans(4, n_init=10, random_state=0).fit(theirs.transform(points)).inertia_
+
+
+def test_separable_blobs_are_found_the_largest_first():
+    rng = np.random.default_rng(1)
+    middles = 20 * np.concatenate((np.eye(5), -np.eye(5)))[:6]
+    labels = rng.permutation(np.repeat(np.arange(6), 50 * np.arange(1, 7)))
+    points = (middles[labels] + rng.normal(size=(len(labels), 5))).astype(np.float32)
+    centres, counts, inertia = cluster(points, 6, 0)
+    means = np.stack([points[labels == k].mean(0) for k in range(5, -1, -1)])
+    np.testing.assert_allclose(centres, means, atol=0.05)
+    assert counts.tolist() == [300, 250, 200, 150, 100, 50]
+    assert inertia == pytest.approx(sum(((points[labels == k] - means[5 - k]) ** 2).sum() for k in range(6)), rel=1e-2)
 
 
 @pytest.mark.parametrize("upsampling", UPSAMPLING)
@@ -243,6 +255,6 @@ def test_a_damaged_case_other_channels_and_bodies_without_enough_voxels_are_refu
         refused("have 0 voxels, too few for 10 clusters", store, extractor, "identity")
     with monkeypatch.context() as patch:
         patch.setattr(Moments, "pyramid", lambda self, x: [torch.full((1, 3, 4, 2, 8), 1.0)])
-        refused("only 1 different samples for 10 clusters", store, extractor, "identity")
+        refused("the features fall into 1 clusters, not into 10", store, extractor, "identity")
         patch.setattr(Moments, "pyramid", lambda self, x: [torch.full((1, 3, 4, 2, 8), float("nan"))])
         refused("3 of 4 cases failed", store, extractor, "identity")
