@@ -21,6 +21,7 @@ from nnssl_ext.nn.contrastive import nt_xent
 from nnssl_ext.nn.corruption import swap, turn
 from nnssl_ext.nn.pixel_head import Reconstruction
 from nnssl_ext.nn.precision import wide
+from nnssl_ext.nn.projector import BatchNorm
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_several
@@ -88,15 +89,20 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
 
 
 class ThreeHeads(Reconstruction):
-    """Backbone with reconstruction, and linear layers on the deepest map, averaged over the whole volume."""
+    """Backbone with reconstruction, and linear layers on the deepest map, averaged over the whole volume.
+
+    Averages of a U-Net's map after InstanceNorm hardly differ between volumes: they are normalised over the batch, without which
+    turns stay at chance.
+    """
 
     def __init__(self, backbone: Backbone, contrast: int) -> None:
         super().__init__(backbone, backbone.channels)
+        self.norm = BatchNorm(backbone.widths[-1], affine=False) if "decoder" in backbone.supports else nn.Identity()
         self.rotation = nn.Linear(backbone.widths[-1], 4)
         self.contrast = nn.Linear(backbone.widths[-1], contrast)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Image (B, C, z, y, x), logits of the quarter turns (B, 4), vectors (B, contrast)."""
         maps = self.backbone.pyramid(x)
-        pooled = maps[-1].flatten(2).mean(2)
+        pooled = self.norm(maps[-1].flatten(2).mean(2))
         return self.from_maps(maps), self.rotation(pooled), self.contrast(pooled)

@@ -103,13 +103,14 @@ def swin_unetr(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Of both versions: absolute error to the clean crop that is turned as the affine says, -log of the share of the right turn, contrast of the pairs."""
     clean, count = batch["target"].image, len(batch["target"].image)
     p, q = (axis + 1 for axis in trainer.turning.plane)
-    errors, told, vectors = [], [], []
+    errors, told, versions = [], [], []
     for name in ("image_0", "image_1"):
         seen = batch[name].image.clone()
         for i, *place in batch[name].mask.nonzero().tolist():
             seen[(i, slice(None), *place)] = clean[(i + 1 if i % 2 == 0 and i + 1 < count else i - 1, slice(None), *place)]
-        restored, logits, contrasted = trainer.model(seen)
-        vectors.append(contrasted)
+        versions.append(seen)
+    found = [part.chunk(2) for part in trainer.model(torch.cat(versions))]  # together: a U-Net's averages are normalised over all
+    for name, restored, logits in zip(("image_0", "image_1"), *found[:2]):
         for i in range(count):
             between = torch.linalg.inv(batch["target"].affine[i, :, :3]) @ batch[name].affine[i, :, :3]
             candidates = [torch.tensor(np.linalg.matrix_power(_quarter(trainer.turning.plane), k)) for k in range(4)]
@@ -119,7 +120,7 @@ def swin_unetr(trainer: SSLTrainer, batch: Batch) -> Losses:
                 target = target.transpose(p, q).flip(p)
             errors += [(restored[i][place] - target[place]).abs() for place in product(*map(range, target.shape))]
             told.append(-(logits[i, times].exp() / _sum([value.exp() for value in logits[i]])).log())
-    contrast = _contrast(*vectors, 0.5, [trainer.store.subject(case) for case in batch["target"].cases])
+    contrast = _contrast(*found[2], 0.5, [trainer.store.subject(case) for case in batch["target"].cases])
     error, turn = _mean(errors), _mean(told)
     return {"total": error + turn + contrast, "reconstruction": error, "rotation": turn, "contrast": contrast}
 

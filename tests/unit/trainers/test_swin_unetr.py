@@ -39,10 +39,18 @@ def test_a_voxel_in_a_far_corner_changes_the_rotation_logits_and_the_contrasted_
 
 def test_both_heads_are_linear_in_the_mean_of_the_deepest_map(trainer):
     image = torch.randn(2, 1, 16, 16, 16)
-    pooled = trainer.backbone.pooled(image)
+    pooled = trainer.model.norm(trainer.backbone.pooled(image))
     _, rotation, vectors = trainer.model(image)
     assert torch.allclose(rotation, trainer.model.rotation(pooled), atol=1e-6) and rotation.shape == (2, 4)
     assert torch.allclose(vectors, trainer.model.contrast(pooled), atol=1e-6) and vectors.shape == (2, 512)
+
+
+def test_the_heads_of_a_unet_see_averages_that_differ_between_crops(tmp_path):
+    model = made("resenc", tmp_path, batch_size=4).model.train()
+    image = torch.randn(8, 1, 16, 16, 16)
+    pooled = model.backbone.pooled(image)
+    assert pooled.std(0).max() < 0.02 < 0.5 < model.norm(pooled).std(0).min()
+    torch.testing.assert_close(model(image)[1], model.rotation((pooled - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt()))
 
 
 def test_heads_that_know_nothing_cost_the_logarithm_of_their_choices(trainer):
