@@ -45,12 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser_ = arguments()
     parser_.set_defaults(argv=argv)
-    code = run(parser_, _main, argv)
-    if "RANK" in os.environ:
-        from nnssl_ext.nn.distributed import leave
-
-        leave(code)
-    return code
+    return run(parser_, _main, argv)
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -81,4 +76,9 @@ def run_of(options: argparse.Namespace) -> tuple[Run, ProbeMaker | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "RANK" in os.environ:  # one of several that were started together; a job of a cluster calls `main`, and goes on after it
+        from nnssl_ext.nn.distributed import leave
+
+        leave(code)
+    sys.exit(code)

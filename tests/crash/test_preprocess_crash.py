@@ -53,7 +53,7 @@ def test_a_kill_at_a_random_instant_leaves_whole_cases_and_the_next_run_complete
         while process.is_alive() and not (folder / ".lock").exists():
             time.sleep(0.001)
         time.sleep(chance.random() * longest)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         marks = [name for name in finished(folder) if name.endswith(".json")]
         partial += 0 < len(marks) < CASES
