@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import ArrayLabels
 from nnssl_ext.core.files import atomic_path, read_json, write_json
 from nnssl_ext.core.geometry import Box, Geometry, box_slices
 from nnssl_ext.core.plan import Normalization
@@ -63,9 +64,15 @@ def _volume(index: int, size: int, spacing: float) -> tuple[np.ndarray, np.ndarr
 
 
 class PhantomStore:
-    """The reading side of a case store: the unlabelled volumes."""
+    """The reading side of a case store: the unlabelled volumes.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of `make`.
+        clusters: file with cluster labels of all volumes (N, 1, z, y, x).
+    """
+
+    def __init__(self, folder: Path, clusters: Path | None = None) -> None:
+        self._clusters = clusters
         self.images, self.bodies = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("images", "bodies"))
         self.spacing = float(read_json(folder / "phantoms.json")["spacing"])
 
@@ -94,6 +101,12 @@ class PhantomStore:
     @property
     def identifiers(self) -> list[str]:
         return [self.subject(case) for case in range(len(self))]
+
+    def clusters(self) -> ArrayLabels:
+        """Labels of the file that it was given."""
+        assert self._clusters is not None, "cluster labels have to be given"
+        labels = np.load(self._clusters)
+        return ArrayLabels(list(labels), int(labels.max()))
 
     def verify(self, case: int) -> None:
         pass

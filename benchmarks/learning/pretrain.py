@@ -12,17 +12,18 @@ from benchmarks.methods import methods
 from benchmarks.phantoms import PhantomStore
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
 
-CHECKPOINT = "checkpoint_final.pth"
+CHECKPOINT, LABELS = "checkpoint_final.pth", "labels.npy"
 
 
 def pretrain(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:
-    """Train as `settings["entry"]` says; leaves checkpoint_final.pth."""
+    """Train as `settings["entry"]` says, on the cluster labels in the folder `given` where there is one; leaves checkpoint_final.pth."""
     entry, data = settings["entry"], Data.beside(folder)
     cls = methods()[entry["method"]]
     steps = entry["steps"] // EPOCHS
     options = {"epochs": EPOCHS, "iterations": steps, "val_iterations": 1, "batch_size": entry["batch"], "workers": 0, "seed": settings["seed"]}
     config = cls.Config(**{**options, **entry["options"]})
-    plan, store = data.plan(entry["family"], settings["patch"], entry["batch"]), PhantomStore(data.cohort)
+    plan = data.plan(entry["family"], settings["patch"], entry["batch"])
+    store = PhantomStore(data.cohort, None if given is None else given / LABELS)
     os.environ[VARIABLE] = "none"
     cls(plan, CONFIGURATION, config, store, folder, family=entry["family"]).fit()  # type: ignore[arg-type]
     records = read_metrics(folder / "metrics.jsonl")

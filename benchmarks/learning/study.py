@@ -8,9 +8,10 @@ from inspect import getsourcefile
 from typing import Any
 
 from benchmarks.learning import quality
+from benchmarks.learning.clusters import clustered
 from benchmarks.learning.finetune import finetune
 from benchmarks.learning.pretrain import pretrain
-from benchmarks.learning.suite import FINE_TUNING, LABELS, PATCH, Entry
+from benchmarks.learning.suite import CLUSTERED, FINE_TUNING, LABELS, PATCH, SUITE, Entry
 from benchmarks.learning.units import Unit
 from benchmarks.methods import methods
 from nnssl_ext.core.files import sha256_file
@@ -63,10 +64,13 @@ def baseline(family: str, seeds: Sequence[int], digest: str) -> Baseline:
 def trial(entry: Entry, seeds: Sequence[int], digest: str) -> Trial:
     """Units of one method on data with this hash; a change of the method's file makes them new ones."""
     code = sha256_file(str(getsourcefile(methods()[entry.method])))
+    earlier = CLUSTERED.get(entry.method)
+    needed = {} if earlier is None else trial(next(one for one in SUITE if one.method == earlier and one.family == entry.family), seeds, digest).pretrained
     pretrained = {}
     for seed in seeds:
         settings = {"entry": asdict(entry), "code": code, "patch": PATCH, "data": digest, "seed": seed}
-        pretrained[seed] = Unit(f"pretrain_{entry.name}_{seed}", pretrain, settings)
+        labels = Unit(f"clusters_{earlier}_{entry.family}_{seed}", clustered, {"data": digest, "seed": seed}, needed[seed]) if needed else None
+        pretrained[seed] = Unit(f"pretrain_{entry.name}_{seed}", pretrain, settings, labels)
     return Trial(
         entry,
         pretrained,

@@ -63,6 +63,7 @@ FINE_TUNING = {
     "resenc": FineTuning("nnsslResEncTrainer_short", epochs=40, iterations=10, batch=2),
     "primus": FineTuning("nnsslPrimusTrainer_short", epochs=45, iterations=10, batch=4),
 }
+CLUSTERED = {"PixelClusterTrainer": "MAETrainer"}  # method: whose features give it its clusters
 SUITE = (  # measured seconds per step on one thread
     Entry("MAETrainer", "resenc", 450, 4, UNET),  # 0.22
     Entry("SparkMAETrainer", "resenc", 300, 4, UNET),  # 0.34
@@ -76,7 +77,12 @@ SUITE = (  # measured seconds per step on one thread
     Entry("SimCLRTrainer", "resenc", 110, 8, UNET),  # 0.9
     Entry("SimCLRTrainer", "primus", 550, 16, TRANSFORMER),  # 0.18
     Entry("SimSiamIoUTrainer", "primus", 400, 16, TRANSFORMER),  # 0.25
+    Entry("DINOIoUTrainer", "primus", 400, 16),  # 0.2
     Entry("VoCoTrainer", "resenc", 400, 4, UNET),  # 0.25
     Entry("VoCoTrainer", "primus", 1300, 4, TRANSFORMER),  # 0.075
+    Entry("PCRLv2Trainer", "resenc", 150, 4, UNET),  # 0.64
     Entry("GVSLTrainer", "resenc", 145, 4, UNET),  # 0.68
+    Entry("PatchClusterTrainer", "resenc", 350, 4, UNET),  # 0.27
+    Entry("PatchClusterTrainer", "primus", 1200, 8, TRANSFORMER),  # 0.08
+    Entry("PixelClusterTrainer", "resenc", 300, 4, UNET),  # 0.33
 )

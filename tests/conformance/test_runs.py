@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.nn.backbones.base import build_backbone
+from nnssl_ext.nn.backbones.base import build_backbone, families
 from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.pictures import draw_run
 from tests.conformance.pairs import EVERY, METHODS, PAIRS, STEPS, Pair, first_batch, registered
+from tests.make_data import ArrayStore
 
 TOYS = [pair for pair in PAIRS if pair.method not in registered()]
 REFUSED = [*(pair for pair in EVERY if not pair.supported()), Pair(type("GraphTrainer", (SSLTrainer,), {"needs": (frozenset({"graph"}),)}), "resenc")]
 PRECISIONS = [{"precision": "bf16"}, {"accumulate": 2}]
+# crops of half a patch still have 4^3 cells in the deepest map: on fewer, PyTorch's bfloat16 weight gradients of 3^3 convolutions are wrong on the CPU (2.15)
+LARGE = {"patch": (32, 32, 32), "store": ArrayStore()}
 
 
 def differences(one, two, where="") -> list[str]:
@@ -73,7 +76,8 @@ def test_a_run_that_is_stopped_at_steps_1_7_and_19_ends_bit_for_bit_like_an_unin
 @pytest.mark.parametrize("options", PRECISIONS, ids=str)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_resuming_is_exact_in_bf16_and_with_accumulated_batches(pair, options, tmp_path):
-    check_resume(pair, tmp_path, (1, 7, 19), **options)
+    room = LARGE if "precision" in options and "token_drop" not in families()[pair.family].supports else {}
+    check_resume(pair, tmp_path, (1, 7, 19), **options, **room)
 
 
 @pytest.mark.slow

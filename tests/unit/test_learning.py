@@ -164,13 +164,36 @@ def test_an_unknown_method_is_named(tmp_path, capsys):
     assert "did you mean 'MAETrainer'" in capsys.readouterr().err
 
 
+def few_phantoms(monkeypatch):
+    for name, count in {"UNLABELLED": 6, "MEMORY": 2, "TEST": 2, "COUNT": 10}.items():
+        monkeypatch.setattr(phantoms, name, count)
+
+
+def test_clusters_of_an_earlier_method_are_what_the_next_one_learns_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    few_phantoms(monkeypatch)
+    monkeypatch.setattr(study, "PATCH", 16)
+    small = [Entry(method, "resenc", 5, 2) for method in ("MAETrainer", "PixelClusterTrainer")]
+    monkeypatch.setattr(study, "SUITE", small)
+    data = Data(tmp_path)
+    phantoms.make(data.cohort, 1, 32, 6.0)
+    earlier, later = (study.trial(entry, [0], "digest").pretrained[0] for entry in small)
+    assert later.needs is not None and later.needs.needs.digest == earlier.digest
+    assert finish(later, tmp_path)["result"]["steps"] == 5 and earlier.record(tmp_path) is not None
+    found = later.needs.record(tmp_path)["result"]
+    labels, bodies = np.load(later.needs.folder(tmp_path) / "labels.npy"), np.load(data.cohort / "bodies.npy")
+    body = bodies[:6].repeat(8, 1).repeat(8, 2).repeat(8, 3)
+    assert labels.shape == (6, 1, 32, 32, 32) and found["clusters"] == labels.max() == 10
+    assert ((labels[:, 0] > 0) == body).all()
+    assert sum(found["shares"]) == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.nnunet
 def test_a_tiny_study_is_paired_and_reproducible(tmp_path, monkeypatch):
     family = "primus"
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    for name, count in {"UNLABELLED": 6, "MEMORY": 2, "TEST": 2, "COUNT": 10}.items():
-        monkeypatch.setattr(phantoms, name, count)
+    few_phantoms(monkeypatch)
     for name, count in {"SIZE": 32, "SPACING": 6.0, "LABELLED": 3, "TEST": 2}.items():
         monkeypatch.setattr(data_module, name, count)
     monkeypatch.setattr(study, "PATCH", 16)
