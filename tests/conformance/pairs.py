@@ -19,7 +19,7 @@ from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn.backbones.base import Backbone, families
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.initial import Initial
-from tests.make_data import TINY, tiny_plan, tiny_store
+from tests.make_data import TINY, slice_plan, tiny_plan, tiny_store
 from tests.toy_trainers import ToyTrainer
 
 STEPS = 20
@@ -28,10 +28,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a met
     "DINOv2HighResTrainer": DINO,
     "DINOIoUTrainer": DINO,
     "VoCoTrainer": {"hidden": 32},
+    "CroCo3DTrainer": {"decoder_depth": 2, "decoder_width": 64},
     "SimCLRTrainer": {"hidden": 32},
     "SimSiamIoUTrainer": {"hidden": 32, "bottleneck": 16},
     "PatchClusterTrainer": {"prototypes": 8, "bottleneck": 16},
 }
+STORES: Mapping[str, Callable[..., Any]] = {"MultiMAETrainer": PairedStore}  # cases that a method needs, by trainer; of others `tiny_store`
 EARLIER: Mapping[str, str] = {"DINOv2HighResTrainer": "DINOv2Trainer"}  # whose weights a method goes on from, by trainer
 
 
@@ -42,17 +44,19 @@ class Pair:
     Args:
         cls: the trainer.
         family: name of the backbone family.
+        slices: whether it trains on slices.
     """
 
     cls: type[SSLTrainer]
     family: str
+    slices: bool = False
 
     @property
     def method(self) -> str:
         return self.cls.__name__
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.family}"
+        return f"{self.method}-{self.family}{'-slices' * self.slices}"
 
     def supported(self) -> bool:
         return any(need <= families()[self.family].supports for need in self.cls.needs)
@@ -72,8 +76,8 @@ class Pair:
         """
         small = {"epochs": 4, "iterations": STEPS // 4, "val_iterations": 1, "batch_size": 2, "workers": 0, **OPTIONS.get(self.method, {}), **options}
         cls = in_float64(self.cls) if float64 else self.cls
-        plan, cases = tiny_plan(channels, patch), store or tiny_store(channels=channels)
-        trainer: SSLTrainer = cls(plan, "3d_fullres", cls.Config(**small), cases, folder, family=self.family)
+        plan, cases = slice_plan(channels) if self.slices else tiny_plan(channels, patch), store or STORES.get(self.method, tiny_store)(channels=channels)
+        trainer: SSLTrainer = cls(plan, "2d" if self.slices else "3d_fullres", cls.Config(**small), cases, folder, family=self.family)
         if self.method in EARLIER:
             identity = {"file": "earlier.pth", "sha256": "0" * 64, "method": EARLIER[self.method], "step": 0}
             trainer.init = Initial(identity, untrained(EARLIER[self.method], self.family, channels))
@@ -98,6 +102,7 @@ def registered() -> dict[str, type[SSLTrainer]]:
 METHODS: dict[str, type[SSLTrainer]] = {**registered(), **{cls.__name__: cls for cls in ToyTrainer.__subclasses__()}}
 EVERY = [Pair(cls, family) for cls in METHODS.values() for family in sorted(TINY)]
 PAIRS = [pair for pair in EVERY if pair.supported()]
+SLICES = [Pair(METHODS[name], "resenc", slices=True) for name in ("SimCLRTrainer", "SimSiamIoUTrainer", "DINOIoUTrainer")]
 
 
 def in_float64(cls: type[SSLTrainer]) -> type[SSLTrainer]:

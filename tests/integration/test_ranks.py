@@ -16,7 +16,7 @@ from nnssl_ext.trainers.base import SSLTrainer
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.initial import Initial
 from nnssl_ext.trainers.mae import MAETrainer
-from tests.conformance.pairs import PAIRS, Pair
+from tests.conformance.pairs import PAIRS, SLICES, Pair
 from tests.toy_trainers import ToyEMATrainer
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def work(folder: str) -> None:
     """What each of two processes does; its findings go to rank0.json and rank1.json."""
     root = Path(folder)
     found: dict = {"samples": {workers: digests(workers) for workers in (0, 1, 4)}}
-    found["ddp"] = {str(pair): steps(trainer(pair, root)) for pair in PAIRS}
+    found["ddp"] = {str(pair): steps(trainer(pair, root)) for pair in PAIRS + SLICES}
     found["fsdp"] = {str(pair): steps(trainer(pair, root, sharding="fsdp")) for pair in SHARDED}
     found["exchanged"] = {str(pair): exchanged(pair, root / str(pair)) for pair in SHARDED}
     found["started"] = {sharding: started(root / str(EMA), sharding) for sharding in parallel.SHARDINGS}
@@ -161,7 +161,7 @@ def test_two_processes_with_any_number_of_workers_read_the_samples_of_one(pair):
     assert len(set(one)) == len(one) == 6 * GLOBAL
 
 
-@pytest.mark.parametrize("method", PAIRS, ids=str)
+@pytest.mark.parametrize("method", PAIRS + SLICES, ids=str)
 def test_two_processes_compute_the_losses_and_gradients_of_one(method, pair, tmp_path):
     one = torch.tensor(steps(trainer(method, tmp_path)))
     for rank in pair[1]:
