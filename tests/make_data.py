@@ -50,6 +50,7 @@ def make_plan(memory_gb: float = 0.5, **fingerprint: Any) -> Plan:
 
 
 TINY_SHAPE = (20, 24, 22)
+MODALITIES = ["CT", "MR", "PET", "US"]  # of the channels of a case
 TINY: Mapping[str, Mapping[str, Any]] = {
     "resenc": {
         "n_stages": 3,
@@ -113,6 +114,9 @@ class ArrayStore:
     def geometry(self, case: int) -> Geometry:
         return Geometry(self.shape(case), self.spacing)
 
+    def info(self, case: int) -> dict[str, Any]:
+        return {"session": "1", "modalities": MODALITIES[: len(self.arrays[case])], "stored": self.geometry(case).as_dict()}
+
     def body(self, case: int) -> np.ndarray:
         return np.ones([-(-n // 8) for n in self.shape(case)], bool)
 
@@ -137,3 +141,19 @@ class ArrayStore:
 def tiny_store(cases: int = 8, channels: int = 1) -> ArrayStore:
     """Cases for `tiny_plan`."""
     return ArrayStore(cases, TINY_SHAPE, channels)
+
+
+class PairedStore(ArrayStore):
+    """Every two cases are of one visit and show the same in two modalities: one image each, or in all channels of either."""
+
+    def __init__(self, cases: int = 8, channels: int = 1) -> None:
+        super().__init__(cases, TINY_SHAPE, channels)
+        if channels == 1:
+            self.arrays = [np.sin(2 * self.arrays[case - 1]) if case % 2 else array for case, array in enumerate(self.arrays)]
+
+    def subject(self, case: int) -> str:
+        return f"subject{case // 2}"
+
+    def info(self, case: int) -> dict[str, Any]:
+        found = super().info(case)
+        return {**found, "modalities": [MODALITIES[case % 2]]} if len(self.arrays[case]) == 1 else found

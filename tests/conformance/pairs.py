@@ -19,7 +19,7 @@ from nnssl_ext.data.loader import Batch
 from nnssl_ext.nn.backbones.base import Backbone, families
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.initial import Initial
-from tests.make_data import TINY, slice_plan, tiny_plan, tiny_store
+from tests.make_data import TINY, PairedStore, slice_plan, tiny_plan, tiny_store
 from tests.toy_trainers import ToyTrainer
 
 STEPS = 20
@@ -32,6 +32,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # hyper-parameters that make a met
     "SimCLRTrainer": {"hidden": 32},
     "SimSiamIoUTrainer": {"hidden": 32, "bottleneck": 16},
     "PatchClusterTrainer": {"prototypes": 8, "bottleneck": 16},
+    "BilateralDenseContrastTrainer": {"voxels": 27, "hidden": 32, "bottleneck": 16},
 }
 STORES: Mapping[str, Callable[..., Any]] = {"MultiMAETrainer": PairedStore}  # cases that a method needs, by trainer; of others `tiny_store`
 EARLIER: Mapping[str, str] = {"DINOv2HighResTrainer": "DINOv2Trainer"}  # whose weights a method goes on from, by trainer
@@ -71,7 +72,7 @@ class Pair:
             float64: the whole model and its input in fp64.
             channels: of every case.
             patch: voxels of a crop.
-            store: the cases; None = `tiny_store`.
+            store: the cases; None = those of `STORES`.
             options: hyper-parameters that differ.
         """
         small = {"epochs": 4, "iterations": STEPS // 4, "val_iterations": 1, "batch_size": 2, "workers": 0, **OPTIONS.get(self.method, {}), **options}
