@@ -40,7 +40,7 @@ class NetworkPlan:
 
     Args:
         size: "S", "M", "L", ... or "tiny".
-        class_name: dotted name of the class in dynamic-network-architectures.
+        class_name: dotted name of the class, of dynamic-network-architectures or this package.
         kwargs: its keyword arguments without input_channels and num_classes, JSON types only, classes as dotted names. Those of a
             2D network have an entry for each axis of a slice.
         imports: those keys of `kwargs` that hold dotted names.

@@ -73,7 +73,7 @@ class Extractor:
         if any(size < step or size % step for size, step in zip(self.size, steps)):
             what = f"a window of {_times(self.size)} voxels is no multiple of the network's {_times(steps)}"
             raise UserError(what, "option -size", "round each axis to a multiple")
-        if self.size == steps and len(self.backbone.strides) > 1:
+        if self.size == steps and self.backbone.instance_norm:
             what = "the deepest feature map of a window would be one voxel, which instance normalisation cannot take"
             raise UserError(what, "option -size", "choose a larger window")
 

@@ -29,7 +29,7 @@ class PooledNetwork(nn.Module):
     def __init__(self, backbone: Backbone, size: HeadSize) -> None:
         super().__init__()
         self.backbone = backbone
-        self.norm = Standardize() if "decoder" in backbone.supports else nn.Identity()
+        self.norm = Standardize() if backbone.instance_norm else nn.Identity()
         self.head = ProjectionHead(backbone.widths[-1], size.hidden, size.bottleneck, size.prototypes)
 
     def summary(self, crops: Tensor) -> Tensor:

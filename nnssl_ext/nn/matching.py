@@ -57,7 +57,7 @@ class MatchingUNet(Reconstruction):
     def __init__(self, backbone: Backbone, spacing: Sequence[float]) -> None:
         super().__init__(backbone, backbone.channels)
         self.spacing = tuple(spacing)
-        self.affine, self.flow = AffineHead(backbone.widths[-1]), FlowHead(backbone.widths[0])
+        self.affine, self.flow = AffineHead(backbone.widths[-1]), FlowHead(backbone.decoded)
 
     def forward(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Of volumes (B, C, z, y, x): the fixed one restored, the flow, and the whole displacement that warps the moving one, (B, 3, z, y, x) both.

@@ -27,7 +27,7 @@ class Reconstruction(nn.Module):
         self.cell = backbone.strides[-1]
         self.decodes = "decoder" in backbone.supports
         if self.decodes:
-            self.head: nn.Module = nn.Conv3d(backbone.widths[0], out_channels, 1)
+            self.head: nn.Module = nn.Conv3d(backbone.decoded, out_channels, 1)
         else:
             self.head = nn.Linear(backbone.widths[-1], out_channels * math.prod(self.cell))
 
@@ -38,6 +38,6 @@ class Reconstruction(nn.Module):
     def from_maps(self, maps: list[Tensor]) -> Tensor:
         """The same of the backbone's pyramid, for methods that use its maps otherwise, too."""
         if self.decodes:
-            return self.head(self.backbone.decode(maps))  # type: ignore[no-any-return]
+            return self.backbone.project(maps, self.head)
         deepest = maps[-1]
         return unpatchify(self.head(rearrange(deepest, "b c z y x -> b (z y x) c")), deepest.shape[2:], self.cell)

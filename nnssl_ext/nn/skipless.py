@@ -15,12 +15,15 @@ class SkiplessDecoder(nn.Module):
     """Decoder that reads the deepest map alone: each scale is a transposed convolution, a convolution, InstanceNorm and LeakyReLU.
 
     Args:
-        backbone: a U-Net; widths and strides of its levels are those of the scales.
+        backbone: one with a decoder; widths and strides of its levels are those of the scales. Where its finest level is coarser than
+            the input, a scale of the same width follows.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         levels = list(zip(backbone.widths, backbone.strides))[::-1]
+        levels += [(backbone.widths[0], (1, 1, 1))] * (max(backbone.strides[0]) > 1)
+        self.widths = [width for width, _ in levels[1:]]
         self.scales = nn.ModuleList()
         for (deeper, coarse), (width, fine) in pairwise(levels):
             factor = tuple(a // b for a, b in zip(coarse, fine))
@@ -61,7 +64,7 @@ class SkiplessUNet(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone, self.decoder = backbone, SkiplessDecoder(backbone)
-        widths = backbone.widths[-2::-1]
+        widths = self.decoder.widths
         self.comparisons = nn.ModuleList(Comparison(width) for width in widths)
         self.restorations = nn.ModuleList(nn.Conv3d(width, backbone.channels, 3, padding=1) for width in widths)
         self.last = nn.Conv3d(widths[-1], backbone.channels, 1)

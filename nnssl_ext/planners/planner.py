@@ -14,7 +14,7 @@ from nnssl_ext.core.files import read_json, sha256_json
 from nnssl_ext.core.paths import preprocessed_folder
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
 from nnssl_ext.core.registry import find_class
-from nnssl_ext.planners import primus, resenc, slices
+from nnssl_ext.planners import primus, resenc, segformer3d, slices
 from nnssl_ext.planners.memory import precision
 from nnssl_ext.preprocessing.crop import is_ct
 
@@ -38,12 +38,18 @@ class Planner:
         memory_gb: memory target in GB.
     """
 
-    families: dict[str, Callable[..., NetworkPlan | None]] = {"resenc": resenc.network, "primus": primus.network, "primus_v2": primus.network_v2}
+    families: dict[str, Callable[..., NetworkPlan | None]] = {
+        "resenc": resenc.network,
+        "primus": primus.network,
+        "primus_v2": primus.network_v2,
+        "segformer3d": segformer3d.network,
+    }
     # smallest memory target in GB -> size, largest patch in voxels, largest batch. Below 6 GB speed on a CPU decides, not memory.
     sizes: dict[str, tuple[tuple[float, str], ...]] = {
         "resenc": ((0, "nano"), (2, "tiny"), (6, "S"), (8, "M"), (20, "L")),
         "primus": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "B"), (20, "M"), (40, "L")),
         "primus_v2": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "B"), (20, "M"), (40, "L")),
+        "segformer3d": ((0, "nano"), (2, "tiny"), (6, "S"), (12, "M"), (20, "L")),
     }
     limits: tuple[tuple[float, int, int], ...] = ((0, 32**3, 4), (1, 48**3, 4), (2, 64**3, 4), (6, 192**3, 64))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nnssl_ext.core.plan import NetworkPlan
@@ -25,7 +25,13 @@ STAGES_2D = 10  # at most; blocks beyond those of a size's 3D network are as man
 _IMPORTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 
 
-def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: int = 7) -> tuple[list[list[int]], list[list[int]]]:
+def _long(edge: int) -> bool:
+    return edge >= 2 * MIN_EDGE
+
+
+def topology(
+    spacing: Sequence[float], patch_size: Sequence[int], max_stages: int = 7, halvable: Callable[[int], bool] = _long
+) -> tuple[list[list[int]], list[list[int]]]:
     """Strides and kernel sizes of each stage (nnU-Net's rule: keep voxels as isotropic as possible).
 
     An axis is halved while it has at least `2 * MIN_EDGE` voxels and its spacing is within a factor of two of the
@@ -35,6 +41,7 @@ def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: in
         spacing: mm, (z, y, x), or of two axes for a 2D network.
         patch_size: voxels along these axes.
         max_stages: at most so many stages.
+        halvable: whether an axis of so many voxels may be halved.
 
     Source: Isensee et al. 2021, doi:10.1038/s41592-020-01008-z, supplementary note 2.
     """
@@ -42,7 +49,7 @@ def topology(spacing: Sequence[float], patch_size: Sequence[int], max_stages: in
     kernel = [1] * len(mm)
     strides, kernels = [[1] * len(mm)], []
     while len(strides) < max_stages:
-        able = [n >= 2 * MIN_EDGE for n in size]
+        able = [halvable(n) for n in size]
         if not any(able):
             break
         finest = min(s for s, a in zip(mm, able) if a)

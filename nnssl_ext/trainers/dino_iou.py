@@ -25,7 +25,7 @@ from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_interval
 from nnssl_ext.trainers.dinov2_presets import LOWEST_RATE, choose_batch, choose_preset, frozen_steps, head_size, learning_rate
 from nnssl_ext.trainers.layer_decay import LAST_LAYER
-from nnssl_ext.trainers.optim import Recipe, set_rates
+from nnssl_ext.trainers.optim import RECIPES, Recipe, set_rates
 from nnssl_ext.trainers.pair_pictures import pair_rows
 from nnssl_ext.trainers.pictures import Rows
 from nnssl_ext.trainers.schedules import cosine, linear
@@ -54,7 +54,7 @@ class DINOIoUTrainer(SSLTrainer):
     """
 
     default_family = "primus"
-    recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-3, 0.04, 0.1, 3.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
+    recipes: ClassVar[dict[str, Recipe]] = dict.fromkeys(RECIPES, Recipe("adamw", 1e-3, 0.04, 0.1, 3.0, (0.9, 0.999)))
     citation = (
         "Caron, M., Touvron, H., Misra, I., Jégou, H., Mairal, J., Bojanowski, P., & Joulin, A. (2021). "
         "Emerging properties in self-supervised vision transformers. ICCV."

@@ -39,7 +39,7 @@ class Recipe:
 
 # U-Nets as nnU-Net trains them (doi:10.1038/s41592-020-01008-z); transformers as Primus (arXiv:2503.01835)
 _PRIMUS = Recipe("adamw", 3e-4, 5e-2, 0.05, 1.0)
-RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), "primus": _PRIMUS, "primus_v2": _PRIMUS}
+RECIPES = {"resenc": Recipe("sgd", 1e-2, 3e-5, 0.0, 12.0), **dict.fromkeys(("primus", "primus_v2", "segformer3d"), _PRIMUS)}
 
 
 def choose_recipe(recipes: Mapping[str, Recipe], family: str, config: Any) -> Recipe:

@@ -22,7 +22,7 @@ from nnssl_ext.nn.precision import wide
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import check_several
-from nnssl_ext.trainers.optim import Recipe
+from nnssl_ext.trainers.optim import RECIPES, Recipe
 from nnssl_ext.trainers.pictures import volume_rows
 
 SHUFFLED = 0.8  # share of the corruptions that are shuffled, too
@@ -40,7 +40,7 @@ class ReconContrastTrainer(SSLTrainer):
     default_family = "primus"
     trains_decoder = True
     transfers_decoder = False  # as in the source
-    recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-4, 0.0, 0.0, 12.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
+    recipes: ClassVar[dict[str, Recipe]] = dict.fromkeys(RECIPES, Recipe("adamw", 1e-4, 0.0, 0.0, 12.0, (0.9, 0.999)))
     citation = (
         "Cardoso, M. J., Li, W., Brown, R., Ma, N., Kerfoot, E., Wang, Y., ... Feng, A. (2022). "
         "MONAI: An open-source framework for deep learning in healthcare. arXiv:2211.02701."

@@ -19,7 +19,7 @@ from nnssl_ext.nn.pixel_head import Reconstruction
 from nnssl_ext.nn.tokens import voxel_mask
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE
-from nnssl_ext.trainers.optim import Recipe
+from nnssl_ext.trainers.optim import RECIPES, Recipe
 from nnssl_ext.trainers.pictures import masked_rows
 
 # weight decay, betas and clip of the source; its learning rate is one for 2048 images, hence that of Primus, with its warm-up
@@ -39,7 +39,7 @@ class SimMIMTrainer(SSLTrainer):
     default_family = "primus"
     needs = (frozenset({"mask_token"}), frozenset({"decoder"}))
     trains_decoder = True
-    recipes = {"primus": _RECIPE, "primus_v2": _RECIPE}
+    recipes = dict.fromkeys(RECIPES.keys() - {"resenc"}, _RECIPE)
     citation = "Xie, Z., Zhang, Z., Cao, Y., Lin, Y., Bao, J., Yao, Z., Dai, Q., & Hu, H. (2022). SimMIM: a simple framework for masked image modeling. CVPR."
 
     @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from nnssl_ext.nn.projector import BatchNorm
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_several
-from nnssl_ext.trainers.optim import Recipe
+from nnssl_ext.trainers.optim import RECIPES, Recipe
 from nnssl_ext.trainers.pictures import volume_rows
 
 
@@ -40,7 +40,7 @@ class SwinUNETRPretrainTrainer(SSLTrainer):
 
     trains_decoder = True
     transfers_decoder = False  # as in the source
-    recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 4e-4, 1e-5, 0.002, 1.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
+    recipes: ClassVar[dict[str, Recipe]] = dict.fromkeys(RECIPES, Recipe("adamw", 4e-4, 1e-5, 0.002, 1.0, (0.9, 0.999)))
     citation = (
         "Tang, Y., Yang, D., Li, W., Roth, H. R., Landman, B., Xu, D., Nath, V., & Hatamizadeh, A. (2022). "
         "Self-supervised pre-training of Swin transformers for 3D medical image analysis. CVPR."
@@ -97,7 +97,7 @@ class ThreeHeads(Reconstruction):
 
     def __init__(self, backbone: Backbone, contrast: int) -> None:
         super().__init__(backbone, backbone.channels)
-        self.norm = BatchNorm(backbone.widths[-1], affine=False) if "decoder" in backbone.supports else nn.Identity()
+        self.norm = BatchNorm(backbone.widths[-1], affine=False) if backbone.instance_norm else nn.Identity()
         self.rotation = nn.Linear(backbone.widths[-1], 4)
         self.contrast = nn.Linear(backbone.widths[-1], contrast)
 

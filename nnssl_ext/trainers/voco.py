@@ -24,7 +24,7 @@ from nnssl_ext.planners.primus import local_crop
 from nnssl_ext.preprocessing.store import CaseStore
 from nnssl_ext.trainers.base import Losses, SSLTrainer
 from nnssl_ext.trainers.config import AT_LEAST_ONE, SHARE, check_several
-from nnssl_ext.trainers.optim import Recipe
+from nnssl_ext.trainers.optim import RECIPES, Recipe
 from nnssl_ext.trainers.pictures import blend
 
 COLOUR = (1.0, 0.6, 0.0)  # of a cell of the grid in the picture, times its likeness
@@ -40,7 +40,7 @@ class VoCoTrainer(SSLTrainer):
     """
 
     needs = (frozenset({"pyramid", "any_size"}), frozenset({"pyramid", "decoder"}))
-    recipes: ClassVar[dict[str, Recipe]] = {family: Recipe("adamw", 1e-4, 0.01, 0.02, 1.0, (0.9, 0.999)) for family in ("resenc", "primus", "primus_v2")}
+    recipes: ClassVar[dict[str, Recipe]] = dict.fromkeys(RECIPES, Recipe("adamw", 1e-4, 0.01, 0.02, 1.0, (0.9, 0.999)))
     citation = "Wu, L., Zhuang, J., & Chen, H. (2024). VoCo: A simple-yet-effective volume contrastive learning framework for 3D medical image analysis. CVPR."
 
     @dataclass(frozen=True)

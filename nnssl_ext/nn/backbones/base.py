@@ -23,24 +23,29 @@ class Backbone(nn.Module):
     Args:
         channels: input channels.
         patch_size: voxels of the input, (z, y, x).
-        class_name: dotted name of the network class in dynamic-network-architectures.
+        class_name: dotted name of the network class.
         kwargs: its keyword arguments; those named in `imports` hold dotted names.
 
     Attributes:
-        net: the library's network; its state dict is what a checkpoint transfers.
+        net: the network of that class; its state dict is what a checkpoint transfers.
         strides: voxels per cell of each pyramid level, (z, y, x).
         widths: channels of each pyramid level.
+        decoded: channels of what `decode` gives.
         supports: what a method may ask for: "pyramid", "decoder", "token_drop", ...; "volume" where
             features depend on more than their own slice.
-        axes: of the library's network: 3, or 2 for one that reads slices.
+        axes: of the network: 3, or 2 for one that reads slices.
+        instance_norm: whether maps went through InstanceNorm, after which their averages hardly differ between volumes and
+            a map of one voxel is impossible.
     """
 
     family: ClassVar[str]
     supports: ClassVar[frozenset[str]]
     axes: ClassVar[int] = 3
+    instance_norm: ClassVar[bool] = False
     net: Any
     strides: tuple[tuple[int, ...], ...]
     widths: tuple[int, ...]
+    decoded: int
 
     def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
         super().__init__()
@@ -54,6 +59,10 @@ class Backbone(nn.Module):
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Full-resolution features (B, C, z, y, x) of a pyramid, before any segmentation layer."""
         raise self._cannot("decoder")
+
+    def project(self, maps: list[Tensor], layer: nn.Module) -> Tensor:
+        """`layer`, linear and pointwise, on what `decode` gives: layer(decode(maps)), in the order that takes the least memory."""
+        return layer(self.decode(maps))  # type: ignore[no-any-return]
 
     def tokens(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Token features (B, N, C); with `keep` (B, K) only those tokens are read and encoded, (B, K, C)."""
@@ -71,7 +80,7 @@ class Backbone(nn.Module):
         raise self._cannot("adaptation")
 
     def network_weights(self) -> dict[str, Tensor]:
-        """The library network's state dict, under the library's own names."""
+        """The network's state dict, under its own names."""
         return dict(self.net.state_dict())
 
     def _cannot(self, what: str) -> UserError:
@@ -102,7 +111,7 @@ def build_backbone(config: ConfigPlan, family: str, channels: int, where: str = 
 
     Args:
         config: the configuration; its `networks` name class and arguments.
-        family: "resenc", "primus" or "primus_v2".
+        family: name of the backbone family.
         channels: input channels.
         where: named in errors.
 

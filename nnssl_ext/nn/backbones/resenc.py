@@ -24,11 +24,13 @@ class ResEncBackbone(Backbone):
 
     family = "resenc"
     supports = frozenset({"pyramid", "decoder", "sparse", "volume"})
+    instance_norm = True
 
     def __init__(self, channels: int, patch_size: Sequence[int], class_name: str, kwargs: dict[str, Any], imports: Sequence[str]) -> None:
         super().__init__(channels, patch_size, class_name, kwargs, imports)
         self.strides = self._total_strides()
         self.widths = tuple(int(f) for f in kwargs["features_per_stage"])
+        self.decoded = self.widths[0]
         check_divisible(patch_size, self.strides[-1], "total stride")
         net_class: Any = resolve({"net": class_name}, ["net"])["net"]
         self.net = net_class(input_channels=channels, num_classes=2, **resolve(self.kwargs, self.imports))

@@ -1,4 +1,4 @@
-"""Both families behind one protocol."""
+"""All families behind one protocol."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support,
 from tests.make_data import make_plan
 
 CONFIG = make_plan().configurations["3d_fullres"]
+FAMILIES = ["resenc", "primus", "segformer3d"]
 
 
 def build(family: str, channels: int = 1, config=CONFIG) -> Backbone:
@@ -21,7 +22,7 @@ def image():
 
 
 def test_all_families_are_found():
-    assert set(families()) == {"resenc", "primus", "primus_v2"}
+    assert set(families()) == {"resenc", "primus", "primus_v2", "segformer3d"}
 
 
 def test_the_decoders_features_give_the_librarys_output(image):
@@ -30,7 +31,27 @@ def test_the_decoders_features_give_the_librarys_output(image):
     assert torch.equal(backbone.net.decoder.seg_layers[-1](features), backbone.net(image))
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_the_decoder_of_a_segformer_is_interpolated_and_a_pointwise_layer_may_come_before(image):
+    backbone, layer = build("segformer3d"), torch.nn.Conv3d(64, 3, 1)
+    maps = backbone.pyramid(image)
+    features = backbone.decode(maps)
+    assert features.shape == (2, backbone.decoded, *CONFIG.patch_size) and backbone.decoded == 64
+    assert torch.allclose(backbone.project(maps, layer), layer(features), atol=1e-5)
+    assert torch.allclose(backbone.project(maps, backbone.net.decoder.seg_layers[0]), backbone.net(image), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["resenc", "segformer3d"])
+def test_a_decoder_is_trained_where_a_method_wants_it_but_for_its_segmentation_layers(family, image):
+    backbone = build(family)
+    for on in (False, True):
+        backbone.train_decoder(on)
+        kinds = {name.split(".")[2]: parameter.requires_grad for name, parameter in backbone.named_parameters() if name.startswith("net.decoder.")}
+        assert not kinds.pop("seg_layers") and all(trained == on for trained in kinds.values()) and kinds
+    backbone.decode(backbone.pyramid(image)).sum().backward()
+    assert [name for name, parameter in backbone.named_parameters() if parameter.requires_grad and parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_maps_have_the_declared_strides_and_widths(family, image):
     backbone = build(family)
     maps = backbone.pyramid(image)
@@ -62,7 +83,7 @@ def test_dropped_tokens_have_no_influence(image):
     assert torch.equal(backbone.tokens(changed, keep), before)
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_adaptation_keys_point_at_real_tensors(family):
     backbone = build(family)
     weights, keys = backbone.network_weights(), backbone.adaptation()
@@ -72,7 +93,7 @@ def test_adaptation_keys_point_at_real_tensors(family):
     assert keys.positions is None or sum(key == keys.positions for key in weights) == 1
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_patch_that_is_not_divisible_is_refused(family):
     import dataclasses
 

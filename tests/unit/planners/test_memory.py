@@ -11,7 +11,9 @@ from nnssl_ext.nn.backbones.primus import PrimusBackbone
 from nnssl_ext.nn.backbones.primus_v2 import PrimusV2Backbone
 from nnssl_ext.nn.backbones.resenc import ResEncBackbone
 from nnssl_ext.nn.backbones.resenc_slices import ResEncSlicesBackbone
-from nnssl_ext.planners import primus, resenc
+from nnssl_ext.nn.backbones.segformer3d import SegFormer3DBackbone
+from nnssl_ext.nn.pixel_head import Reconstruction
+from nnssl_ext.planners import primus, resenc, segformer3d
 from nnssl_ext.planners.memory import Footprint, precision
 from nnssl_ext.trainers.mae import MaskedUNet
 
@@ -76,6 +78,17 @@ def test_the_memory_of_a_transformer_in_training_is_estimated_within_thirty_perc
     optimizer = torch.optim.AdamW(model.parameters())
     image = torch.randn(network.batch_size, 1, *patch)
     measured = step_peak_gb(model, model.tokens, optimizer, image, precision(target), tmp_path / "trace.json")
+    assert network.batch_size == 2 and network.memory_gb == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize("target", [4.0, 24.0])
+@pytest.mark.parametrize(("size", "spacing", "patch"), [("nano", (1, 1, 1), (64, 64, 64)), ("tiny", (4, 1, 1), (16, 96, 64))])
+def test_the_memory_of_a_segformer_in_training_is_estimated_within_thirty_percent(size, spacing, patch, target, tmp_path):
+    network = segformer3d.network(spacing, patch, size, target, 2)
+    model = Reconstruction(SegFormer3DBackbone(1, patch, network.class_name, dict(network.kwargs), network.imports), 1)
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    image = torch.randn(network.batch_size, 1, *patch)
+    measured = step_peak_gb(model, model, optimizer, image, precision(target), tmp_path / "trace.json")
     assert network.batch_size == 2 and network.memory_gb == pytest.approx(measured, rel=0.3)
 
 

@@ -125,7 +125,7 @@ def test_planned_networks_can_be_built_and_read_their_patch(shapes, spacings):
     plan = make_plan(0.5, shapes=shapes, spacings=spacings)
     for name in ("3d_fullres", "onemmiso"):
         config = plan.configurations[name]
-        for family in ("resenc", "primus"):
+        for family in ("resenc", "primus", "segformer3d"):
             with torch.device("meta"):
                 backbone = build_backbone(config, family, 1)
                 maps = backbone.pyramid(torch.empty(2, 1, *config.patch_size))
