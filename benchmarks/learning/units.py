@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,17 @@ def finish_all(chains: Sequence[Sequence[Unit]], out: Path, lanes: int, say: Cal
     os.environ.update(ONE_THREAD)  # before the processes start: they read it when they load their libraries
     missing = [chain for chain in chains if any(unit.record(out) is None for unit in chain)]
     errors = []
-    with ProcessPoolExecutor(max(1, lanes), get_context("spawn"), torch.set_num_threads, (THREADS,)) as pool:
+    with ProcessPoolExecutor(max(1, lanes), get_context("spawn"), _begin_lane) as pool:
         for done in as_completed([pool.submit(_finish_chain, chain, out) for chain in missing]):
             text, failed = done.result()
             say(text)
             errors += [text] * failed
     return errors
+
+
+def _begin_lane() -> None:
+    torch.set_num_threads(THREADS)
+    set_start_method(None, force=True)  # nnU-Net's pools begin as in its own commands; they would load torch a dozen times
 
 
 def _finish_chain(chain: Sequence[Unit], out: Path) -> tuple[str, bool]:
