@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
 from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.finetuning.commands import hand_off
+from nnssl_ext.finetuning.plans import PlanOptions
+from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.planners.primus import network as primus_network
 from nnssl_ext.trainers.checkpoint import adaptation_plan, save_checkpoint
@@ -36,7 +41,7 @@ def make_checkpoint(
 
     Args:
         path: the file to write.
-        family: "resenc", "primus" or "primus_v2".
+        family: name of the backbone family.
         channels: input channels of the pretraining.
         configuration: of the plan.
         transfer: "encoder" or "encoder+decoder".
@@ -132,6 +137,16 @@ def write_fingerprint(roots: dict[str, Path], name: str, channels: int, relative
     folder = roots["nnUNet_preprocessed"] / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset_fingerprint.json").write_text(json.dumps(content))
+
+
+def preprocess(folder: Path, monkeypatch: Any) -> dict[str, Path]:
+    """nnU-Net's folders with the dataset 901, fingerprinted and preprocessed by nnU-Net itself for plans of our kind."""
+    roots = make_roots(folder, monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    pretrained = Pretrained.load(make_checkpoint(folder / "c.pth", "resenc"))
+    handoff = hand_off(pretrained, make_dataset(roots, 901), PlanOptions(), "nnUNetTrainer")
+    preprocess_dataset(901, handoff.plans.stem, ("3d_fullres",), (1,), show_progress_bar=False)
+    return roots
 
 
 def make_roots(folder: Path, monkeypatch: Any) -> dict[str, Path]:

@@ -24,10 +24,29 @@ def add_handoff_options(arguments: argparse.ArgumentParser) -> None:
     help_patch = "voxels along Z Y X, of slices along their two axes (default: the pretraining's; whole slices)"
     arguments.add_argument("-patch_size", nargs="+", type=common.at_least_one, metavar="N", help=help_patch)
     arguments.add_argument("-batch_size", type=common.at_least_one, metavar="N", help="default: the pretraining's, at least 2")
+    help_mode = (
+        "full hands over all that was pretrained, encoder only the encoder; frozen leaves that untrained, linear trains linear maps of its features alone"
+    )
+    arguments.add_argument("-mode", choices=("full", "encoder", "frozen", "linear"), default="full", help=help_mode + " (default: %(default)s)")
+    cases = arguments.add_mutually_exclusive_group()
+    help_n = "train on N of the fold's labelled cases; fewer always lie within more (default: all)"
+    cases.add_argument("-n", type=common.at_least_one, metavar="N", dest="cases", help=help_n)
+    cases.add_argument("-ratio", type=_share, metavar="R", dest="cases", help="the same as a fraction of them, such as 0.1")
     arguments.add_argument("-np", type=common.at_least_one, default=4, metavar="N", help="worker processes of nnU-Net (default: %(default)s)")
 
 
-def hand_off(options: argparse.Namespace, trainer: str | None) -> Handoff:
+def _share(text: str) -> float:
+    """A fraction above 0, up to 1, of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction above 0, up to 1")
+    return value
+
+
+def hand_off(options: argparse.Namespace, trainer: str | None, fold: str = "0") -> Handoff:
     """Plan and weights as the shared options say; without `trainer` our own for the backbone family."""
     from nnssl_ext.finetuning import commands
     from nnssl_ext.finetuning.plans import PlanOptions, default_configuration
@@ -37,8 +56,8 @@ def hand_off(options: argparse.Namespace, trainer: str | None) -> Handoff:
     dataset = commands.downstream_dataset(options.d)
     pretrained = Pretrained.load(options.ckpt)
     patch_size = None if options.patch_size is None else tuple(options.patch_size)
-    chosen = PlanOptions(options.c or default_configuration(pretrained), options.spacing, patch_size, options.batch_size)
-    handoff = commands.hand_off(pretrained, dataset, chosen, trainer or DEFAULT_TRAINERS[pretrained.family], options.out, options.np)
+    chosen = PlanOptions(options.c or default_configuration(pretrained), options.spacing, patch_size, options.batch_size, options.mode, options.cases)
+    handoff = commands.hand_off(pretrained, dataset, chosen, trainer or DEFAULT_TRAINERS[pretrained.family], options.out, options.np, fold)
     print(f"plan:    {handoff.plans}\nweights: {handoff.weights}\n{handoff.report}")
     return handoff
 

@@ -11,7 +11,7 @@ from nnssl_ext.cli.export import add_handoff_options, default_device, hand_off
 
 
 def _main(options: argparse.Namespace) -> None:
-    handoff = hand_off(options, options.tr)
+    handoff = hand_off(options, options.tr, options.f)
     from nnssl_ext.finetuning.commands import Machine, finetune, next_commands
 
     machine = Machine(options.device or default_device(), options.num_gpus, options.np)

@@ -18,6 +18,8 @@ from nnssl_ext.core.paths import dataset_name, root
 from nnssl_ext.finetuning.export import TRAINER_FOLDER, ExportReport, export_nnunet, find_trainer, with_our_trainers
 from nnssl_ext.finetuning.plans import PlanOptions, dataset_number, is_preprocessed, write_plans
 from nnssl_ext.finetuning.pretrained import Pretrained
+from nnssl_ext.finetuning.subsets import nested_subset, training_cases
+from nnssl_ext.finetuning.trainers import LabelSubset
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 Command = tuple[str, ...]
@@ -93,7 +95,7 @@ def downstream_dataset(identifier: str) -> str:
     return dataset_name(identifier, ("nnUNet_raw",))
 
 
-def hand_off(pretrained: Pretrained, dataset: str, options: PlanOptions, trainer: str, out: Path | None = None, processes: int = 1) -> Handoff:
+def hand_off(pretrained: Pretrained, dataset: str, options: PlanOptions, trainer: str, out: Path | None = None, processes: int = 1, fold: str = "0") -> Handoff:
     """Write plan and weights of a checkpoint for a downstream dataset.
 
     Args:
@@ -103,9 +105,12 @@ def hand_off(pretrained: Pretrained, dataset: str, options: PlanOptions, trainer
         trainer: name of nnU-Net's trainer class that will take the weights.
         out: folder of the weights; default: beside the plan.
         processes: workers for nnU-Net's fingerprint, where that is missing.
+        fold: that is to be trained; it must have the labelled cases that `options` want.
     """
-    find_trainer(trainer)  # a wrong name ends here, before anything is computed or written
+    found = find_trainer(trainer)  # a wrong name ends here, before anything is computed or written
     _check_dataset_json(root("nnUNet_raw") / dataset / "dataset.json")
+    if options.cases is not None:
+        _check_cases(found, dataset, fold, options.cases)
     if not (root("nnUNet_preprocessed") / dataset / "dataset_fingerprint.json").is_file():
         run(("nnUNetv2_extract_fingerprint", "-d", str(dataset_number(dataset)), "-np", str(processes)), Machine(processes=processes))
     plans = write_plans(pretrained, dataset, options)
@@ -181,6 +186,13 @@ def _program(name: str) -> str:
     if found is None:
         raise UserError(f"the program {name} is not installed", sys.executable, "pip install nnunetv2")
     return found
+
+
+def _check_cases(trainer: type, dataset: str, fold: str, wanted: int | float) -> None:
+    if not issubclass(trainer, LabelSubset):
+        raise UserError(f"{trainer.__name__} trains on all labelled cases", "options -n and -ratio", "take a trainer of ours (-tr nnsslResEncTrainer, ...)")
+    cases = training_cases(dataset, fold)
+    print(f"labelled cases for training: {len(nested_subset(cases, wanted))} of {len(cases)} of fold {fold}")
 
 
 def _check_dataset_json(file: Path) -> None:

@@ -21,7 +21,7 @@ from nnssl_ext import __version__
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path, read_json
 from nnssl_ext.core.rng import torch_seed
-from nnssl_ext.finetuning.plans import check_configuration
+from nnssl_ext.finetuning.plans import FREEZING, FULL, check_configuration, finetuning_options
 from nnssl_ext.finetuning.pretrained import Adapted, Pretrained, adapt, inside
 
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_trainers"
@@ -37,6 +37,7 @@ class ExportReport:
         resized: position embeddings interpolated to the target's token grid.
         repeated: input projections fitted to the target's channels.
         untouched: fresh, seeded initialisation (segmentation layers and what was not pretrained).
+        frozen: those of them all that are not trained.
         fraction_of_encoder: values handed over / values of the transferred modules; an export is always 1.0.
     """
 
@@ -44,11 +45,13 @@ class ExportReport:
     resized: tuple[str, ...]
     repeated: tuple[str, ...]
     untouched: tuple[str, ...]
+    frozen: tuple[str, ...]
     fraction_of_encoder: float
 
     def __str__(self) -> str:
         rows = [("copied", self.copied), ("resized", self.resized), ("repeated", self.repeated), ("untouched", self.untouched)]
-        lines = [f"  {label:<10}{len(names):>5}  {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}".rstrip() for label, names in rows]
+        rows += [("not trained", self.frozen)] if self.frozen else []
+        lines = [f"  {label:<11}{len(names):>5}  {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}".rstrip() for label, names in rows]
         verdict = f"  encoder handed over: {100 * self.fraction_of_encoder:.1f} %, verified with nnU-Net's own loader"
         return "\n".join(["tensors of the nnU-Net network:", *lines, verdict])
 
@@ -66,6 +69,10 @@ class Target:
     plans: Path
     configuration: str
     trainer: str
+
+    @property
+    def mode(self) -> str:
+        return finetuning_options(read_json(self.plans))[0]
 
     @property
     def channels(self) -> int:
@@ -132,12 +139,14 @@ def export_nnunet(
     Raises:
         UserError: the target network cannot take all of the pretrained tensors, or the verification failed.
     """
-    pretrained = ckpt if isinstance(ckpt, Pretrained) else Pretrained.load(ckpt)
-    check_configuration(pretrained, configuration)
     target = Target(Path(nnunet_plans), configuration, trainer)
+    given = ckpt if isinstance(ckpt, Pretrained) else Pretrained.load(ckpt)
+    pretrained = given if target.mode == FULL else given.encoder()
+    check_configuration(pretrained, configuration)
     adapted = adapt(pretrained, target.channels, target.patch_size)
     network = target.build(seed)
     fraction = _check_fit(network, adapted, pretrained, target)
+    frozen = _check_frozen(network, pretrained, target)
     content = {
         "network_weights": {key: value.detach().cpu() for key, value in load_into_modules(network, adapted.tensors, pretrained.modules).items()},
         "nnssl_adaptation_plan": _adaptation(pretrained, target),
@@ -145,10 +154,11 @@ def export_nnunet(
         "nnssl_export": {
             "method": pretrained.method,
             "family": pretrained.family,
-            "identity": pretrained.identity,
+            "identity": given.identity,
             "plans": target.plans.stem,
             "configuration": configuration,
             "trainer": trainer,
+            "mode": target.mode,
             "seed": seed,
             "nnssl_ext": __version__,
         },
@@ -163,6 +173,7 @@ def export_nnunet(
         resized=tuple(name for name in unique if name in adapted.resized),
         repeated=tuple(name for name in unique if name in adapted.repeated),
         untouched=tuple(name for name in unique if name not in adapted.tensors),
+        frozen=frozen,
         fraction_of_encoder=fraction,
     )
 
@@ -224,6 +235,15 @@ def _check_fit(network: nn.Module, adapted: Adapted, pretrained: Pretrained, tar
             "use the plans that nnssl_export writes, with nnUNetTrainer or a trainer of the pretrained network's size",
         )
     return fraction
+
+
+def _check_frozen(network: nn.Module, pretrained: Pretrained, target: Target) -> tuple[str, ...]:
+    """Names of the parameters that the network keeps from being trained: all of the encoder's where the plan freezes it."""
+    frozen = tuple(name for name, parameter in network.named_parameters() if not parameter.requires_grad)
+    if target.mode in FREEZING and any(inside(name, pretrained.modules) and name not in frozen for name, _ in network.named_parameters()):
+        what = f"{target.trainer} builds a network of its own, which the mode '{target.mode}' does not freeze"
+        raise UserError(what, "option -tr", "use a trainer that builds the network of the plan, such as nnUNetTrainer or ours")
+    return frozen
 
 
 def _adaptation(pretrained: Pretrained, target: Target) -> dict[str, Any]:

@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
+
+from nnssl_ext.nn.segformer3d import SegFormer3D
 
 # nnU-Net derives the scales of deep supervision from arch_kwargs["strides"] (all levels but the last) and gives the
 # last scale the weight 0, so that ONE scale makes its loss 0/0. Three unit strides are two scales of full resolution.
 FULL_RESOLUTION_STRIDES = ((1, 1, 1), (1, 1, 1), (1, 1, 1))
 
 
-class _Planned(nn.Module):
-    """A Primus as an nnU-Net plan describes it; its state dict has the library's names.
+class Freezable(nn.Module):
+    """A network whose named parts are never trained, whatever trainer builds it.
 
-    The input is always `input_shape` large: nnU-Net's sliding window feeds exactly the plan's patch size.
+    They get no gradient, so that optimisers neither change them nor keep a state of them, and stay in evaluation mode: nothing is dropped in them.
+
+    Args:
+        frozen: names of modules and of single parameters.
+        network: arguments of the library's class.
+    """
+
+    def __init__(self, *, frozen: Sequence[str] = (), **network: Any) -> None:
+        super().__init__(**network)
+        self.frozen = tuple(frozen)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Freezable:
+        super().train(mode)
+        for part in self._frozen_parts():
+            if isinstance(part, nn.Module):
+                part.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+        parameters = dict(self.named_parameters(recurse=False))
+        return [parameters[name] if name in parameters else self.get_submodule(name) for name in self.frozen]
+
+
+class FullResolution(Freezable):
+    """A network with logits of full resolution only, as an nnU-Net plan describes it; its state dict has the library's names.
+
+    The input of a Primus is always `input_shape` large: nnU-Net's sliding window feeds exactly the plan's patch size.
 
     Args:
         input_channels: image channels.
         num_classes: segmentation heads.
-        strides: for nnU-Net only (see `FULL_RESOLUTION_STRIDES`); the network has no strided levels.
+        strides: for nnU-Net only (see `FULL_RESOLUTION_STRIDES`).
         deep_supervision: whether the output is a list with one entry per scale, as nnU-Net's loss expects in training.
-        primus: all other arguments of the library's class, among them `input_shape` (voxels) and `patch_embed_size`.
+        network: all other arguments of the library's class, for a Primus `input_shape` (voxels) and `patch_embed_size` among them, and `frozen`.
     """
+
+    decoder: Any
 
     def __init__(
         self,
@@ -32,32 +68,99 @@ class _Planned(nn.Module):
         num_classes: int,
         strides: Sequence[Sequence[int]] = FULL_RESOLUTION_STRIDES,
         deep_supervision: bool = False,
-        **primus: Any,
+        **network: Any,
     ) -> None:
-        super().__init__(input_channels=input_channels, num_classes=num_classes, **primus)
+        super().__init__(input_channels=input_channels, num_classes=num_classes, **network)
         self.scales = len(strides) - 1
-        self.decoder = DeepSupervisionSwitch(deep_supervision)
+        if not hasattr(self, "decoder"):
+            self.decoder = nn.Module()
+        self.decoder.deep_supervision = deep_supervision  # where nnU-Net sets it
 
-    def forward(self, x: Tensor, ret_mask: bool = False) -> Any:
+    def forward(self, x: Tensor, *options: Any) -> Any:
         """Logits (B, num_classes, z, y, x); with deep supervision the same logits once per scale."""
-        logits = super().forward(x, ret_mask)
+        logits = super().forward(x, *options)
         return [logits] * self.scales if self.decoder.deep_supervision else logits
 
 
-class PlannedPrimus(_Planned, Primus):
+class PlannedPrimus(FullResolution, Primus):
     """Primus for nnU-Net plans."""
 
 
-class PlannedPrimusV2(_Planned, PrimusV2):
+class PlannedPrimusV2(FullResolution, PrimusV2):
     """Primus V2 for nnU-Net plans."""
 
 
-PLANNED = {library.__name__: planned for library, planned in ((Primus, PlannedPrimus), (PrimusV2, PlannedPrimusV2))}
+class FrozenResidualEncoderUNet(Freezable, ResidualEncoderUNet):
+    """A U-Net of which a part can be frozen."""
+
+    def __init__(self, input_channels: int, num_classes: int, **network: Any) -> None:
+        super().__init__(input_channels=input_channels, num_classes=num_classes, **network)
 
 
-class DeepSupervisionSwitch(nn.Module):
-    """What nnU-Net sets as ``network.decoder.deep_supervision``; it holds no weights."""
+class _LinearTokens(nn.Module):
+    """A Primus whose tokens become logits by one linear map, which are upsampled (trilinear) to the voxels."""
 
-    def __init__(self, deep_supervision: bool) -> None:
-        super().__init__()
-        self.deep_supervision = deep_supervision
+    def __init__(self, *, num_classes: int, embed_dim: int, patch_embed_size: Sequence[int], **primus: Any) -> None:
+        super().__init__(num_classes=num_classes, embed_dim=embed_dim, patch_embed_size=patch_embed_size, **primus)
+        upsample = nn.Upsample(scale_factor=tuple(float(size) for size in patch_embed_size), mode="trilinear")
+        self.up_projection = nn.Sequential(nn.Conv3d(embed_dim, num_classes, 1), upsample)
+
+
+class LinearPrimus(FullResolution, _LinearTokens, Primus):
+    """Linear probe of a Primus."""
+
+
+class LinearPrimusV2(FullResolution, _LinearTokens, PrimusV2):
+    """Linear probe of a Primus V2."""
+
+
+class _OwnStrides(nn.Module):
+    """A network with strided stages.
+
+    Args:
+        encoder_strides: those of its stages, since the plan's `strides` belong to nnU-Net.
+        network: other arguments of the library's class.
+    """
+
+    def __init__(self, *, encoder_strides: Sequence[Sequence[int]], **network: Any) -> None:
+        super().__init__(strides=encoder_strides, **network)
+
+
+class _LinearPyramid(_OwnStrides):
+    """An encoder in the place of the whole network: every level becomes logits by one linear map, which are upsampled to the voxels and summed."""
+
+    encoder: Any
+
+    def __init__(self, *, num_classes: int, features_per_stage: Sequence[int], **network: Any) -> None:
+        super().__init__(num_classes=num_classes, features_per_stage=features_per_stage, **network)
+        del self.decoder
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(network["encoder_strides"][0])]
+        self.linear = nn.ModuleList(conv(width, num_classes, 1, bias=level == 0) for level, width in enumerate(features_per_stage))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = "trilinear" if x.ndim == 5 else "bilinear"
+        logits = (layer(level) for layer, level in zip(self.linear, self.encoder(x), strict=True))
+        return reduce(torch.add, (F.interpolate(level, x.shape[2:], mode=mode) for level in logits))
+
+
+class LinearResidualEncoderUNet(FullResolution, _LinearPyramid, ResidualEncoderUNet):
+    """Linear probe of a residual encoder."""
+
+
+class PlannedSegFormer3D(FullResolution, _OwnStrides, SegFormer3D):
+    """SegFormer3D for nnU-Net plans."""
+
+
+class LinearSegFormer3D(FullResolution, _LinearPyramid, SegFormer3D):
+    """Linear probe of a SegFormer3D's encoder."""
+
+
+# by the names of the library's classes: what a plan names in their place
+PLANNED: dict[str, type[Freezable]] = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2, "SegFormer3D": PlannedSegFormer3D}
+FROZEN: dict[str, type[Freezable]] = {**PLANNED, "ResidualEncoderUNet": FrozenResidualEncoderUNet}
+LINEAR: dict[str, type[Freezable]] = {
+    "Primus": LinearPrimus,
+    "PrimusV2": LinearPrimusV2,
+    "ResidualEncoderUNet": LinearResidualEncoderUNet,
+    "SegFormer3D": LinearSegFormer3D,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import read_json, sha256_json, write_json
 from nnssl_ext.core.paths import root
-from nnssl_ext.finetuning.networks import FULL_RESOLUTION_STRIDES, PLANNED
+from nnssl_ext.finetuning.networks import FROZEN, FULL_RESOLUTION_STRIDES, LINEAR, PLANNED, FullResolution
 from nnssl_ext.finetuning.pretrained import Pretrained
 
 LIKE_PRETRAINED, OWN = "like_pretrained", "own"
+FULL, ENCODER = "full", "encoder"
+MODES = {FULL: PLANNED, ENCODER: PLANNED, "frozen": FROZEN, "linear": LINEAR}  # what a plan names in place of the library's networks
+FREEZING = ("frozen", "linear")  # modes
+_KEY = "nnssl_finetuning"  # of a plan: what our trainers and the export read in it
 _OWN_SPACING = ("noresample", "median")  # pretraining configurations without a spacing of their own: nnU-Net needs one, the dataset decides
 _MIN_BATCH_SIZE = 2
 _ROUNDING = 1e-9
@@ -35,18 +39,30 @@ class PlanOptions:
         spacing: "like_pretrained" or "own" (nnU-Net's choice for the dataset), also for the axis across which slices lie.
         patch_size: voxels, (z, y, x), of slices along two axes; None takes the pretraining's, of slices whole ones, see `patch_and_batch`.
         batch_size: None takes the pretraining's, at least 2.
+        mode: "full" hands over all that was pretrained, "encoder" only the encoder; "frozen" does not train it, either, and "linear" trains
+            nothing but linear maps of its features.
+        cases: how many labelled cases of a fold are trained on: a number, or a fraction (float) of them; None takes all.
     """
 
     configuration: str = "3d_fullres"
     spacing: str = LIKE_PRETRAINED
     patch_size: tuple[int, ...] | None = None
     batch_size: int | None = None
+    mode: str = FULL
+    cases: int | float | None = None
 
 
 def plans_name(pretrained: Pretrained, options: PlanOptions) -> str:
-    """`nnssl_METHOD_HASH8`: the same for the same checkpoint and options, another one for any other."""
+    """`nnssl_METHOD_HASH8`, with mode and cases where they are chosen: the same for the same checkpoint and options, another one for any other."""
     chosen = [options.configuration, options.spacing, None if options.patch_size is None else list(options.patch_size), options.batch_size]
-    return f"nnssl_{pretrained.method}_{sha256_json([pretrained.identity, chosen])[:8]}"
+    told = [options.mode] * (options.mode != FULL) + [f"{options.cases}cases"] * (options.cases is not None)
+    return "_".join(["nnssl", pretrained.method, *told, sha256_json([pretrained.identity, chosen])[:8]])
+
+
+def finetuning_options(plans: Mapping[str, Any]) -> tuple[str, int | float | None]:
+    """Mode and labelled cases of the content of a plans file; those of a plan that is not ours are the defaults."""
+    written = plans.get(_KEY, {})
+    return written.get("mode", FULL), written.get("cases")
 
 
 def write_plans(pretrained: Pretrained, dataset: str, options: PlanOptions) -> Path:
@@ -61,12 +77,14 @@ def write_plans(pretrained: Pretrained, dataset: str, options: PlanOptions) -> P
         the plans file; `dataset.json` lies beside it, as nnU-Net expects.
 
     Raises:
-        UserError: no fingerprint, a patch size that the network cannot take, a configuration of other axes than the network's.
+        UserError: no fingerprint, a patch size that the network cannot take, a configuration of other axes than the network's, an impossible mode.
     """
     folder, raw = root("nnUNet_preprocessed") / dataset, root("nnUNet_raw") / dataset
     if not (folder / "dataset_fingerprint.json").is_file():
         raise UserError("the dataset has no nnU-Net fingerprint", folder, f"nnUNetv2_extract_fingerprint -d {dataset_number(dataset)}")
     check_configuration(pretrained, options.configuration)
+    if options.mode not in MODES:
+        raise UserError(f"there is no mode '{options.mode}'", "option -mode", did_you_mean(options.mode, MODES))
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {options.batch_size}", "option -batch_size")
     pretrained.check_patch_size(options.patch_size or pretrained.patch_size)
@@ -102,11 +120,16 @@ def is_preprocessed(plans: Path, configuration: str) -> bool:
     content = read_json(plans)
     folder = plans.parent / content["configurations"][configuration]["data_identifier"]
     raw = root("nnUNet_raw") / content["dataset_name"]
-    description = read_json(raw / "dataset.json")
-    labels = plans.parent / "gt_segmentations"
-    ending: str = description["file_ending"]
-    cases = list(description["dataset"]) if "dataset" in description else [f.name.removesuffix(ending) for f in (raw / "labelsTr").glob(f"*{ending}")]
+    labels, ending = plans.parent / "gt_segmentations", read_json(raw / "dataset.json")["file_ending"]
+    cases = labelled_cases(raw)
     return bool(cases) and all((folder / f"{case}.pkl").is_file() and (labels / f"{case}{ending}").is_file() for case in cases)
+
+
+def labelled_cases(raw: Path) -> list[str]:
+    """Identifiers of the training cases of a dataset in `$nnUNet_raw`, sorted."""
+    description = read_json(raw / "dataset.json")
+    ending: str = description["file_ending"]
+    return sorted(description["dataset"] if "dataset" in description else (f.name.removesuffix(ending) for f in (raw / "labelsTr").glob(f"*{ending}")))
 
 
 def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOptions) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
         "resampling_fn_seg_kwargs": labels_kwargs,
         "resampling_fn_probabilities": probabilities.__name__,
         "resampling_fn_probabilities_kwargs": probabilities_kwargs,
-        "architecture": _architecture(pretrained, patch),
+        "architecture": _architecture(pretrained, patch, options.mode),
         "batch_dice": bool(first),  # as nnU-Net: a slice often holds none of a class
     }
     return {
@@ -160,6 +183,7 @@ def _plans(planner: ExperimentPlanner, pretrained: Pretrained, options: PlanOpti
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": intensities,
         "nnssl_pretraining": {key: getattr(pretrained, key) for key in ("method", "family", "configuration", "identity")},
+        _KEY: {"mode": options.mode, "cases": options.cases},
     }
 
 
@@ -212,9 +236,19 @@ def _ct_statistics(pretrained: Pretrained, channel: str) -> dict[str, float]:
     return {"mean": chosen.mean, "std": chosen.std, "percentile_00_5": chosen.low, "percentile_99_5": chosen.high}
 
 
-def _architecture(pretrained: Pretrained, patch_size: Sequence[int]) -> dict[str, Any]:
+def _architecture(pretrained: Pretrained, patch_size: Sequence[int], mode: str) -> dict[str, Any]:
     name, kwargs = pretrained.network.class_name, dict(pretrained.network.kwargs)
-    if planned := PLANNED.get(name.rsplit(".", 1)[-1]):
+    planned = MODES[mode].get(name.rsplit(".", 1)[-1])
+    if mode in FREEZING:
+        if planned is None:
+            raise UserError(f"{name.rsplit('.', 1)[-1]} has no -mode {mode}", "option -mode", "use -mode full or -mode encoder")
+        kwargs["frozen"] = list(pretrained.encoder().modules)
+    if planned is not None:
         name = f"{planned.__module__}.{planned.__name__}"
-        kwargs.update(input_shape=list(patch_size), strides=[list(stride) for stride in FULL_RESOLUTION_STRIDES])
+        if "patch_embed_size" in kwargs:
+            kwargs["input_shape"] = list(patch_size)
+        if issubclass(planned, FullResolution):
+            if "strides" in kwargs:
+                kwargs["encoder_strides"] = kwargs["strides"]
+            kwargs["strides"] = [list(stride[: len(patch_size)]) for stride in FULL_RESOLUTION_STRIDES]
     return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": list(pretrained.network.imports)}

@@ -109,6 +109,11 @@ class Pretrained:
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def encoder(self) -> Pretrained:
+        """The same without a decoder."""
+        modules = tuple(module for module in self.modules if module in (self.adaptation["key_to_stem"], self.adaptation["key_to_encoder"], REGISTERS))
+        return dataclasses.replace(self, modules=modules, weights={key: value for key, value in self.weights.items() if inside(key, modules)})
+
     def check_patch_size(self, patch_size: Sequence[int]) -> None:
         """Raise a `UserError` unless the network takes patches of `patch_size` voxels, along its axes."""
         kwargs = self.network.kwargs

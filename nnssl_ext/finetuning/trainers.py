@@ -14,12 +14,27 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimu
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.finetuning.plans import finetuning_options
+from nnssl_ext.finetuning.subsets import nested_subset
 
 CUDA = torch.device("cuda")
 EPOCHS_VARIABLE, ITERATIONS_VARIABLE = "nnssl_finetune_epochs", "nnssl_finetune_iterations"
 
 
-class _Schedule(nnUNetTrainer_warmup):
+class LabelSubset(nnUNetTrainer):
+    """Trains on as many labelled cases of the fold as the plan says; validates on all that the fold has for that."""
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        training, validation = super().do_split()
+        wanted = finetuning_options(self.plans_manager.plans)[1]
+        if wanted is None:
+            return training, validation
+        chosen = nested_subset(training, wanted)
+        self.print_to_log_file(f"The plan wants {len(chosen)} of {len(training)} labelled cases for training: {', '.join(chosen)}")
+        return chosen, validation
+
+
+class _Schedule(LabelSubset, nnUNetTrainer_warmup):
     """Linear warm-up over `warm_up` epochs to `learning_rate`, then polynomial decay.
 
     Attributes:
@@ -64,6 +79,14 @@ class nnsslPrimusTrainer_150ep(nnsslPrimusTrainer):
     epochs, warm_up = 150, 15
 
 
+class nnsslSegFormerTrainer(nnsslPrimusTrainer):
+    """SegFormer3D: as Primus."""
+
+
+class nnsslSegFormerTrainer_150ep(nnsslSegFormerTrainer):
+    epochs, warm_up = 150, 15
+
+
 class _Short(_Schedule):
     """`$nnssl_finetune_epochs` (2) of `$nnssl_finetune_iterations` (5) each, warm-up a tenth, no mirroring: for trials on the CPU."""
 
@@ -92,7 +115,18 @@ class nnsslPrimusTrainer_short(_Short, nnsslPrimusTrainer):
     learning_rate = 3e-3
 
 
-DEFAULT_TRAINERS = {"resenc": nnsslResEncTrainer.__name__, **dict.fromkeys(("primus", "primus_v2"), nnsslPrimusTrainer.__name__)}
+class nnsslSegFormerTrainer_short(_Short, nnsslSegFormerTrainer):
+    """The smallest ones in a few hundred steps: as Primus."""
+
+    learning_rate = nnsslPrimusTrainer_short.learning_rate
+
+
+DEFAULT_TRAINERS = {
+    "resenc": nnsslResEncTrainer.__name__,
+    "primus": nnsslPrimusTrainer.__name__,
+    "primus_v2": nnsslPrimusTrainer.__name__,
+    "segformer3d": nnsslSegFormerTrainer.__name__,
+}
 
 
 def _positive(variable: str, default: int) -> int:

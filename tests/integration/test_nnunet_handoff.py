@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
@@ -25,13 +24,14 @@ from nnssl_ext.finetuning.export import Target, export_nnunet, find_trainer, loa
 from nnssl_ext.finetuning.plans import PlanOptions, write_plans
 from nnssl_ext.finetuning.pretrained import Pretrained, adapt
 from nnssl_ext.nn.tokens import resize_positions
-from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, write_fingerprint
+from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, preprocess, write_fingerprint
 
 pytestmark = pytest.mark.nnunet
 STEM = {
     "resenc": "encoder.stem.convs.0.conv.weight",
     "primus": "down_projection.proj.weight",
     "primus_v2": "down_projection.stem.blocks.0.skip.0.conv.weight",
+    "segformer3d": "encoder.stem.projection.weight",
 }
 
 
@@ -60,12 +60,12 @@ def test_register_tokens_arrive_too_and_their_positions_are_not_interpolated(roo
 
 @pytest.mark.parametrize("patch", [(32, 32, 32), (16, 32, 48)], ids=str)
 @pytest.mark.parametrize("channels", [1, 2, 4])
-@pytest.mark.parametrize("family", ["resenc", "primus", "primus_v2"])
+@pytest.mark.parametrize("family", ["resenc", "primus", "primus_v2", "segformer3d"])
 def test_every_tensor_arrives_through_nnunets_own_loader(roots, tmp_path, family, channels, patch):
     pretrained, plans = prepare(roots, channels, PlanOptions(patch_size=patch), family=family)
     report = export_nnunet(pretrained, plans, "3d_fullres", tmp_path / "out.pth")
     assert report.fraction_of_encoder == 1.0
-    assert bool(report.repeated) == (channels > 1) and bool(report.resized) == (family != "resenc" and patch != (32, 32, 32))
+    assert bool(report.repeated) == (channels > 1) and bool(report.resized) == (family.startswith("primus") and patch != (32, 32, 32))
     assert all(not name.startswith(pretrained.modules) for name in report.untouched)
 
     network = Target(plans, "3d_fullres", "nnUNetTrainer").build(seed=99)
@@ -96,8 +96,9 @@ def test_every_tensor_arrives_through_nnunets_own_loader(roots, tmp_path, family
         assert max(float((a - b).abs().max()) for a, b in zip(before, after)) == 0.0
 
 
-def test_the_trained_decoder_is_handed_over_but_for_its_segmentation_layers(roots, tmp_path):
-    pretrained, plans = prepare(roots, family="resenc", transfer="encoder+decoder")
+@pytest.mark.parametrize("family", ["resenc", "segformer3d"])
+def test_the_trained_decoder_is_handed_over_but_for_its_segmentation_layers(roots, tmp_path, family):
+    pretrained, plans = prepare(roots, family=family, transfer="encoder+decoder")
     report = export_nnunet(pretrained, plans, "3d_fullres", tmp_path / "out.pth")
     assert report.untouched and all(".seg_layers." in name for name in report.untouched)
     weights = torch.load(tmp_path / "out.pth", weights_only=True)["network_weights"]
@@ -215,16 +216,8 @@ def test_the_adaptation_plan_follows_the_contract(roots, tmp_path, family, size,
 
 @pytest.fixture(scope="module")
 def preprocessed(tmp_path_factory):
-    """nnU-Net's folders with a real dataset, fingerprinted and preprocessed by nnU-Net itself for plans of our kind."""
-    folder = tmp_path_factory.mktemp("nnunet")
     with pytest.MonkeyPatch.context() as patch:
-        roots = make_roots(folder, patch)
-        patch.setenv("PYTHONPATH", os.getcwd())
-        pretrained = Pretrained.load(make_checkpoint(folder / "c.pth", "resenc"))
-        dataset = make_dataset(roots, 901)
-        handoff = hand_off(pretrained, dataset, PlanOptions(), "nnUNetTrainer")
-        preprocess_dataset(901, handoff.plans.stem, ("3d_fullres",), (1,), show_progress_bar=False)
-    return roots
+        return preprocess(tmp_path_factory.mktemp("nnunet"), patch)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +229,8 @@ def preprocessed(tmp_path_factory):
         ("primus", "S", "nnUNet_Primus_S_Trainer"),
         ("resenc", None, "nnsslResEncTrainer_short"),
         ("primus", None, "nnsslPrimusTrainer_short"),
+        ("segformer3d", None, "nnUNetTrainer"),
+        ("segformer3d", None, "nnsslSegFormerTrainer_short"),
     ],
 )
 def test_a_trainer_takes_the_file_and_makes_a_step(preprocessed, tmp_path, monkeypatch, family, size, trainer):
@@ -295,16 +290,27 @@ def test_a_training_with_warm_up_continues_from_its_checkpoint(preprocessed, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "trainer"), [("resenc", "nnsslResEncTrainer_short"), ("primus", "nnsslPrimusTrainer_short")])
-def test_the_real_console_programs_fine_tune_predict_and_evaluate(roots, tmp_path, monkeypatch, capfd, family, trainer):
+@pytest.mark.parametrize(
+    ("family", "trainer", "options"),
+    [
+        ("resenc", "nnsslResEncTrainer_short", []),
+        ("primus", "nnsslPrimusTrainer_short", []),
+        ("segformer3d", "nnsslSegFormerTrainer_short", []),
+        ("resenc", "nnsslResEncTrainer_short", ["-mode", "linear", "-n", "2"]),
+        ("primus", "nnsslPrimusTrainer_short", ["-mode", "linear", "-ratio", "0.5"]),
+    ],
+)
+def test_the_real_console_programs_fine_tune_predict_and_evaluate(roots, tmp_path, monkeypatch, capfd, family, trainer, options):
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     monkeypatch.setenv("nnssl_finetune_epochs", "1")
     monkeypatch.setenv("nnssl_finetune_iterations", "2")
     dataset = make_dataset(roots, 901, listed=False)
-    given = ["-ckpt", str(make_checkpoint(tmp_path / "c.pth", family)), "-d", "901", "-tr", trainer, "-device", "cpu", "-np", "1"]
+    given = ["-ckpt", str(make_checkpoint(tmp_path / "c.pth", family)), "-d", "901", "-tr", trainer, "-device", "cpu", "-np", "1", *options]
     assert finetune.main(given) == 0, capfd.readouterr().err[-3000:]
     (trained,) = (roots["nnUNet_results"] / dataset).iterdir()
     assert trained.name.startswith(f"{trainer}__nnssl_MAE_") and (trained / "fold_0/checkpoint_final.pth").is_file()
+    (log,) = (trained / "fold_0").glob("training_log*.txt")
+    assert ("wants 2 of 4 labelled cases" in log.read_text(encoding="utf-8")) == bool(options)
     predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(trained / "imagesTs_fold_0/case5.nii.gz")))
     assert predicted.shape == (36, 36, 36) and set(np.unique(predicted)) <= {0, 1, 2}
     assert "foreground_mean" in json.loads((trained / "imagesTs_fold_0/summary.json").read_text())

@@ -101,6 +101,7 @@ def test_a_missing_folder_variable_is_named(roots, monkeypatch, variable, capsys
         (["-patch_size", "33", "32", "32"], "divisible"),
         (["-ckpt", "none.pth"], "checkpoint not found"),
         (["-tr", "nnUNet_Primus_S_Trainer"], "would take only 0.0 %"),
+        (["-n", "2"], "nnUNetTrainer trains on all labelled cases"),
     ],
 )
 def test_mistakes_end_with_three_lines_and_exit_code_2(roots, tmp_path, extra, message, capsys):
@@ -114,3 +115,29 @@ def test_a_dataset_json_of_another_format_is_refused(roots, tmp_path, capsys):
     given = arguments(roots, tmp_path)
     (roots["nnUNet_raw"] / "Dataset901_Tiny" / "dataset.json").write_text("{}")
     assert export.main(given) == 2 and "it lacks labels" in capsys.readouterr().err
+
+
+def test_more_labelled_cases_than_the_fold_has_are_refused_before_anything_is_written(roots, tmp_path, capsys):
+    write_fingerprint(roots, make_dataset(roots, 901, cases=10), 1)
+    given = ["-ckpt", str(make_checkpoint(tmp_path / "c.pth", "resenc")), "-d", "901"]
+    assert finetune.main([*given, "-n", "9", "--plan_only"]) == 2
+    assert "9 labelled cases are wanted; the fold trains on 8" in capsys.readouterr().err
+    assert not list(roots["nnUNet_preprocessed"].rglob("nnssl_*"))
+    assert finetune.main([*given, "-n", "9", "-f", "all", "--plan_only"]) == 0
+    assert finetune.main([*given, "-ratio", "0.5", "-mode", "frozen", "--plan_only"]) == 0
+    out = capsys.readouterr().out
+    assert "4 of 8 of fold 0" in out and "not trained" in out and "_frozen_0.5cases_" in out
+
+
+@pytest.mark.parametrize("extra", [["-n", "2", "-ratio", "0.5"], ["-n", "0"], ["-ratio", "0"], ["-ratio", "1.5"], ["-ratio", "many"], ["-mode", "half"]])
+def test_a_mistaken_number_of_labelled_cases_or_mode_is_told(extra, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(["-ckpt", "c.pth", "-d", "901", *extra])
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 3
+
+
+def test_a_trainer_with_a_network_of_its_own_cannot_freeze(roots, tmp_path, capsys):
+    write_fingerprint(roots, make_dataset(roots, 901, cases=2), 1)
+    given = ["-ckpt", str(make_checkpoint(tmp_path / "c.pth", "primus", size="S")), "-d", "901", "-tr", "nnUNet_Primus_S_Trainer"]
+    assert export.main([*given, "-mode", "frozen"]) == 2 and "does not freeze" in capsys.readouterr().err
+    assert export.main([*given, "-mode", "encoder"]) == 0

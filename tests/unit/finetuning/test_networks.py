@@ -6,7 +6,15 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 
-from nnssl_ext.finetuning.networks import FULL_RESOLUTION_STRIDES, PlannedPrimus, PlannedPrimusV2
+from nnssl_ext.finetuning.networks import (
+    FULL_RESOLUTION_STRIDES,
+    FrozenResidualEncoderUNet,
+    LinearPrimus,
+    LinearPrimusV2,
+    LinearResidualEncoderUNet,
+    PlannedPrimus,
+    PlannedPrimusV2,
+)
 
 KWARGS = {"embed_dim": 48, "eva_depth": 1, "eva_numheads": 2, "patch_embed_size": (8, 8, 8), "input_shape": (16, 16, 16)}
 pytestmark = pytest.mark.nnunet
@@ -38,3 +46,62 @@ def test_the_loss_of_nnunet_is_finite_with_these_scales():
     loss = DeepSupervisionWrapper(torch.nn.MSELoss(), weights / weights.sum())
     output = PlannedPrimus(1, 2, deep_supervision=True, **KWARGS)(torch.randn(1, 1, 16, 16, 16))
     assert torch.isfinite(loss(output, [torch.zeros_like(o) for o in output]))
+
+
+def unet(axes):
+    """Keyword arguments of a residual-encoder U-Net of two stages."""
+    ops = {2: (torch.nn.Conv2d, torch.nn.InstanceNorm2d), 3: (torch.nn.Conv3d, torch.nn.InstanceNorm3d)}[axes]
+    kwargs = {"n_stages": 2, "features_per_stage": [4, 6], "conv_op": ops[0], "kernel_sizes": [3, 3], "n_blocks_per_stage": [1, 1]}
+    kwargs |= {"n_conv_per_stage_decoder": [1], "conv_bias": True, "norm_op": ops[1], "norm_op_kwargs": {"affine": True}, "nonlin": torch.nn.LeakyReLU}
+    return kwargs, [[1] * axes, [2] * axes]
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_linear_probe_of_a_pyramid_is_the_sum_of_its_upsampled_levels(axes):
+    kwargs, strides = unet(axes)
+    network = LinearResidualEncoderUNet(1, 3, encoder_strides=strides, frozen=["encoder.stem", "encoder.stages"], **kwargs).eval()
+    image = torch.randn(2, 1, *(8,) * axes)
+    fine, coarse = network.encoder(image)
+    expected = torch.einsum("bc...,kc->bk...", fine, network.linear[0].weight.flatten(1)) + network.linear[0].bias.view(-1, *(1,) * axes)
+    low = torch.einsum("bc...,kc->bk...", coarse, network.linear[1].weight.flatten(1))
+    expected = expected + torch.nn.functional.interpolate(low, scale_factor=2, mode={2: "bilinear", 3: "trilinear"}[axes])
+    torch.testing.assert_close(network(image), expected)
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 3 * (4 + 6 + 1)
+    assert not any(key.startswith("decoder.") for key in network.state_dict())
+
+
+@pytest.mark.parametrize("linear", [LinearPrimus, LinearPrimusV2])
+def test_a_linear_probe_of_tokens_maps_each_by_itself(linear):
+    network = linear(1, 2, frozen=["eva", "down_projection"], **KWARGS).eval()
+    tokens = torch.randn(1, 48, 2, 2, 2)
+    logits = network.up_projection(tokens)
+    assert logits.shape == (1, 2, 16, 16, 16)
+    weight, bias = (dict(network.up_projection.named_parameters())[f"0.{name}"] for name in ("weight", "bias"))
+    for z, y, x in np.ndindex(2, 2, 2):  # voxels of the corners lie beyond the outermost tokens' centres
+        corner = logits[0, :, 15 * z, 15 * y, 15 * x]
+        torch.testing.assert_close(corner, weight.flatten(1) @ tokens[0, :, z, y, x] + bias)
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {"up_projection.0.weight", "up_projection.0.bias"}
+    assert network(torch.randn(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode_and_its_decoder_does_not():
+    kwargs, strides = unet(3)
+    network = FrozenResidualEncoderUNet(1, 2, strides=strides, frozen=["encoder.stem", "encoder.stages"], **kwargs).train()
+    assert not any(module.training for module in (*network.encoder.stem.modules(), *network.encoder.stages.modules()))
+    assert network.decoder.stages.training and not network.eval().decoder.stages.training
+    sum(output.sum() for output in network(torch.randn(1, 1, 8, 8, 8)).unsqueeze(0)).backward()
+    assert all((parameter.grad is None) == name.startswith("encoder.") for name, parameter in network.named_parameters())
+
+
+def test_a_single_parameter_can_be_frozen_and_nothing_is_by_default():
+    register = PlannedPrimus(1, 2, frozen=["register_tokens"], num_register_tokens=2, **KWARGS)
+    assert [name for name, p in register.named_parameters() if not p.requires_grad] == ["register_tokens"]
+    assert all(p.requires_grad for p in PlannedPrimus(1, 2, **KWARGS).parameters())
+
+
+def test_stochastic_depth_drops_nothing_in_a_frozen_encoder():
+    network = PlannedPrimus(1, 2, frozen=["eva", "down_projection"], drop_path_rate=0.9, **{**KWARGS, "eva_depth": 4}).train()
+    image = torch.randn(1, 1, 16, 16, 16)
+    assert torch.equal(network(image), network(image))
+    whole = PlannedPrimus(1, 2, drop_path_rate=0.9, **{**KWARGS, "eva_depth": 4}).train()
+    assert any(not torch.equal(whole(image), whole(image)) for _ in range(5))

@@ -8,7 +8,8 @@ import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.finetuning.plans import PlanOptions, is_preprocessed, patch_and_batch, plans_name, write_plans
+from nnssl_ext.finetuning import plans
+from nnssl_ext.finetuning.plans import PlanOptions, finetuning_options, is_preprocessed, patch_and_batch, plans_name, write_plans
 from nnssl_ext.finetuning.pretrained import Pretrained
 from tests.make_nnunet import make_checkpoint, make_dataset, make_roots, write_fingerprint
 
@@ -76,8 +77,10 @@ def test_spacing(roots, tmp_path, configuration, spacing, expected):
 def test_names_are_reproducible_and_differ_by_options_and_checkpoint(tmp_path):
     one, two = (Pretrained.load(make_checkpoint(tmp_path / f"{family}.pth", family)) for family in ("resenc", "primus"))
     choices = [PlanOptions(), PlanOptions(batch_size=3), PlanOptions(spacing="own"), PlanOptions(patch_size=(32, 32, 64)), PlanOptions("3d_lowres")]
+    choices += [*(PlanOptions(mode=mode) for mode in ("encoder", "frozen", "linear")), *(PlanOptions(cases=cases) for cases in (1, 1.0, 6, 0.4))]
+    choices += [PlanOptions(mode="linear", cases=6)]
     names = [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
-    assert len(set(names)) == 10 and names == [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
+    assert len(set(names)) == 2 * len(choices) == 26 and names == [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
     assert names[0].startswith("nnssl_MAE_") and "__" not in names[0]
 
 
@@ -146,6 +149,29 @@ def test_huge_slices_are_cut_so_that_two_patches_have_the_pixels_of_a_batch(tmp_
     assert batch_size == 2 and not any(edge % step for edge, step in zip(patch, stride)) and patch[1] == pytest.approx(2 * patch[0], abs=2 * stride[0])
     assert pixels / 2 <= math.prod(patch) < math.prod(edge + step for edge, step in zip((pixels / 4) ** 0.5 * np.array([1, 2]), stride))
     assert patch_and_batch(pretrained, np.array([3.0, 3.0]))[0] == tuple(2 * step for step in stride)
+
+
+def test_the_plan_says_how_it_is_fine_tuned_and_shares_the_preprocessed_data(roots, tmp_path):
+    options = PlanOptions(mode="linear", cases=0.5)
+    configuration, content = planned(roots, tmp_path, options=options, transfer="encoder+decoder")
+    assert finetuning_options(content) == ("linear", 0.5) and finetuning_options({}) == ("full", None)
+    assert content["plans_name"].startswith("nnssl_MAE_linear_0.5cases_")
+    arguments, network = configuration["architecture"]["arch_kwargs"], Pretrained.load(tmp_path / "c.pth").network
+    assert arguments["frozen"] == ["encoder.stem", "encoder.stages"] and arguments["encoder_strides"] == network.kwargs["strides"]
+    full = write_plans(Pretrained.load(tmp_path / "c.pth"), "Dataset901_Tiny", PlanOptions())
+    assert json.loads(full.read_text())["configurations"]["3d_fullres"]["data_identifier"] == configuration["data_identifier"]
+
+
+def test_an_unknown_mode_is_a_user_error(roots, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'frozen'"):
+        planned(roots, tmp_path, options=PlanOptions(mode="froze"))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "linear"])
+def test_a_network_that_nothing_of_ours_stands_for_cannot_be_frozen(roots, tmp_path, mode, monkeypatch):
+    monkeypatch.setitem(plans.MODES, mode, {})
+    with pytest.raises(UserError, match=f"ResidualEncoderUNet has no -mode {mode}"):
+        planned(roots, tmp_path, options=PlanOptions(mode=mode))
 
 
 @pytest.mark.parametrize(("spacing", "order"), [("like_pretrained", [0, 1, 2]), ("own", [2, 0, 1])])
