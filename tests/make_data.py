@@ -61,6 +61,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
         "n_conv_per_stage_decoder": [1, 1],
     },
     "primus": {"embed_dim": 48, "eva_depth": 2, "eva_numheads": 2, "patch_embed_size": [4, 4, 4]},
+    "segformer3d": {"features_per_stage": [8, 16], "strides": [[2, 2, 2], [2, 2, 2]], "n_blocks_per_stage": [1, 1], "decoder_width": 12},
 }
 
 

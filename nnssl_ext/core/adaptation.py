@@ -6,6 +6,7 @@ it loads with ``weights_only=True``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,16 @@ class EncoderKeys:
     stem: str
     in_proj: tuple[str, ...]
     positions: str | None = None
+
+
+def decoder_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Modules of a decoder that a pretraining hands over: all but segmentation layers, and the encoder that a U-Net's decoder holds once more.
+
+    Args:
+        names: of the tensors in a network's state dict.
+    """
+    found = {".".join(name.split(".")[:2]) for name in names if name.startswith("decoder.")}
+    return tuple(sorted(found - {"decoder.encoder", "decoder.seg_layers"}))
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnssl_ext.core.adaptation import decoder_modules
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Plan
-from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_divisible
+from nnssl_ext.nn.backbones.base import Backbone, backbone_class, build_backbone, check_divisible
 from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 
 _NEEDED = ("trainer_name", "family", "configuration", "plan", "nnssl_adaptation_plan")
-_DECODER = ("decoder.stages", "decoder.transpconvs")
 REGISTERS = "register_tokens"  # of Primus, a parameter; their positions come before those of the patches
 
 
@@ -63,7 +63,8 @@ class Pretrained:
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(missing)}", path, "give a checkpoint that nnssl_train wrote")
         adaptation = content["nnssl_adaptation_plan"]
-        modules = (adaptation["key_to_stem"], adaptation["key_to_encoder"]) + (_DECODER if "decoder" in content.get("transfer", "encoder") else ())
+        modules: tuple[str, ...] = (adaptation["key_to_stem"], adaptation["key_to_encoder"])
+        modules += decoder_modules(content["network_weights"]) if "decoder" in content.get("transfer", "encoder") else ()
         modules += (REGISTERS,) if REGISTERS in content["network_weights"] else ()
         weights = {key: value for key, value in content["network_weights"].items() if inside(key, modules)}
         bad = [key for key, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
@@ -125,7 +126,7 @@ class Pretrained:
             return
         total = torch.tensor(kwargs["strides"]).prod(0).tolist()
         check_divisible(patch_size, total, "total stride")
-        if list(patch_size) == total:
+        if list(patch_size) == total and backbone_class(self.config, self.family).instance_norm:
             raise UserError("the deepest feature map would be one voxel, which instance normalisation cannot take", "patch size", "choose a larger -patch_size")
 
     def backbone(self, channels: int, patch_size: Sequence[int]) -> Backbone:

@@ -48,10 +48,6 @@ class SegFormer3D(nn.Module):
         super().__init__()
         self.encoder = Encoder(input_channels, features_per_stage, strides, n_blocks_per_stage)
         self.decoder = Decoder(features_per_stage, decoder_width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes, z, y, x)."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nnssl_ext.core.adaptation import decoder_modules
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import sha256_file
 from nnssl_ext.core.paths import RESULTS, root
@@ -115,7 +116,7 @@ def _backbones(content: Mapping[str, Any], model: nn.Module, decoder: bool) -> t
         ours = backbone.adaptation()
         modules = {theirs["key_to_stem"]: ours.stem, theirs["key_to_encoder"]: ours.encoder}
         if decoder and "decoder" in content.get("transfer", ""):
-            modules |= {name: name for name in ("decoder.stages", "decoder.transpconvs")}
+            modules |= {name: name for name in decoder_modules(content["network_weights"])}
         for old, new in modules.items():
             prefixes.append(f"{place}net.{new}.")
             weights = content["network_weights"]

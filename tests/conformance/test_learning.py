@@ -30,6 +30,8 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
     "SwinUNETRPretrainTrainer": 0.75,
     "VolumeFusionTrainer": 0.75,
     "VoCoTrainer": 0.6,
+    "PCRLv2Trainer-segformer3d": 0.65,  # nothing but the deepest map
+    "SimMIMTrainer-segformer3d": 0.5,
 }
 LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0, "PCRLv2Trainer": -2.0}  # value of a perfect loss where that is not 0: negative cosines
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
@@ -84,7 +86,7 @@ def overfitted(pair):
 
 def check_learns(pair):
     left = overfitted(pair)
-    assert left <= LEFT_BY_METHOD.get(pair.method, LEFT), f"{left:.3f} of the first loss is left"
+    assert left <= LEFT_BY_METHOD.get(str(pair), LEFT_BY_METHOD.get(pair.method, LEFT)), f"{left:.3f} of the first loss is left"
 
 
 @pytest.mark.parametrize("pair", OWN, ids=str)

@@ -7,6 +7,9 @@ from nnssl_ext.finetuning.trainers import (
     nnsslResEncTrainer,
     nnsslResEncTrainer_150ep,
     nnsslResEncTrainer_short,
+    nnsslSegFormerTrainer,
+    nnsslSegFormerTrainer_150ep,
+    nnsslSegFormerTrainer_short,
 )
 
 __all__ = [
@@ -16,4 +19,7 @@ __all__ = [
     "nnsslResEncTrainer",
     "nnsslResEncTrainer_150ep",
     "nnsslResEncTrainer_short",
+    "nnsslSegFormerTrainer",
+    "nnsslSegFormerTrainer_150ep",
+    "nnsslSegFormerTrainer_short",
 ]

@@ -3,7 +3,7 @@ import json
 
 import torch
 
-from nnssl_ext.core.adaptation import AdaptationPlan, EncoderKeys
+from nnssl_ext.core.adaptation import AdaptationPlan, EncoderKeys, decoder_modules
 
 KEYS = EncoderKeys("encoder.stages", "encoder.stem", ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"))
 PLAN = AdaptationPlan("ResidualEncoderUNet", {"n_stages": 6}, ("norm_op",), "3d_fullres", (3.0, 1.0, 1.0), (32, 64, 64), 2, KEYS)
@@ -47,3 +47,14 @@ def test_only_plain_types_are_inside():
     torch.save(PLAN.as_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True) == PLAN.as_dict()
+
+
+def test_a_decoder_is_handed_over_but_for_its_segmentation_layers_and_the_encoder_in_it():
+    unet = [
+        "encoder.stem.convs.0.conv.weight",
+        "decoder.encoder.stem.convs.0.conv.weight",
+        "decoder.transpconvs.0.weight",
+        "decoder.stages.0.convs.0.conv.bias",
+    ]
+    assert decoder_modules([*unet, "decoder.stages.1.convs.0.conv.bias", "decoder.seg_layers.0.weight"]) == ("decoder.stages", "decoder.transpconvs")
+    assert decoder_modules(["eva.pos_embed", "up_projection.weight"]) == ()

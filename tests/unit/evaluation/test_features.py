@@ -42,7 +42,10 @@ def backbone_of(family, channels=1):
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize(("family", "size"), [("primus", None), ("primus", (8, 24, 16)), ("resenc", None), ("resenc", (24, 16, 32))])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("primus", None), ("primus", (8, 24, 16)), ("resenc", None), ("resenc", (24, 16, 32)), ("segformer3d", (8, 24, 16)), ("segformer3d", (4, 4, 4))],
+)
 def test_a_volume_that_is_one_window_large_has_the_features_of_the_backbone_bit_for_bit(family, size, channels):
     extractor = Extractor(backbone_of(family, channels), size)
     image = volume(*extractor.size, channels=channels)

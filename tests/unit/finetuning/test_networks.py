@@ -1,4 +1,4 @@
-"""The Primus that nnU-Net plans name."""
+"""The networks that nnU-Net plans name."""
 
 import numpy as np
 import pytest
@@ -12,27 +12,36 @@ from nnssl_ext.finetuning.networks import (
     LinearPrimus,
     LinearPrimusV2,
     LinearResidualEncoderUNet,
+    LinearSegFormer3D,
     PlannedPrimus,
     PlannedPrimusV2,
+    PlannedSegFormer3D,
 )
+from nnssl_ext.nn.segformer3d import SegFormer3D
 
 KWARGS = {"embed_dim": 48, "eva_depth": 1, "eva_numheads": 2, "patch_embed_size": (8, 8, 8), "input_shape": (16, 16, 16)}
 pytestmark = pytest.mark.nnunet
 
 
-BOTH = pytest.mark.parametrize(("planned", "library"), [(PlannedPrimus, Primus), (PlannedPrimusV2, PrimusV2)])
+STAGES = {"features_per_stage": [8, 16], "n_blocks_per_stage": [1, 1], "decoder_width": 12}
+STRIDES = [[4, 4, 4], [2, 2, 2]]
+PLANNED = [(PlannedPrimus, KWARGS), (PlannedPrimusV2, KWARGS), (PlannedSegFormer3D, {**STAGES, "encoder_strides": STRIDES})]
 
 
-@BOTH
-def test_the_state_dict_has_the_names_and_shapes_of_the_library(planned, library):
-    own, expected = planned(2, 3, **KWARGS).state_dict(), library(input_channels=2, num_classes=3, **KWARGS).state_dict()
+@pytest.mark.parametrize(
+    ("planned", "library"),
+    [(PlannedPrimus, (Primus, KWARGS)), (PlannedPrimusV2, (PrimusV2, KWARGS)), (PlannedSegFormer3D, (SegFormer3D, {**STAGES, "strides": STRIDES}))],
+)
+def test_the_state_dict_has_the_names_and_shapes_of_the_pretrained_network(planned, library):
+    cls, kwargs = library
+    own, expected = planned(2, 3, **dict(PLANNED)[planned]).state_dict(), cls(input_channels=2, num_classes=3, **kwargs).state_dict()
     assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in expected.items()}
 
 
-@BOTH
-def test_deep_supervision_gives_one_output_for_every_scale_that_nnunet_derives(planned, library):
+@pytest.mark.parametrize(("planned", "kwargs"), PLANNED)
+def test_deep_supervision_gives_one_output_for_every_scale_that_nnunet_derives(planned, kwargs):
     scales = list(1 / np.cumprod(np.vstack(FULL_RESOLUTION_STRIDES), axis=0))[:-1]
-    network = planned(1, 2, deep_supervision=True, **KWARGS).eval()
+    network = planned(1, 2, deep_supervision=True, **kwargs).eval()
     image = torch.randn(1, 1, 16, 16, 16)
     outputs = network(image)
     assert len(outputs) == len(scales) and all(output.shape == (1, 2, 16, 16, 16) for output in outputs)
@@ -67,6 +76,16 @@ def test_a_linear_probe_of_a_pyramid_is_the_sum_of_its_upsampled_levels(axes):
     expected = expected + torch.nn.functional.interpolate(low, scale_factor=2, mode={2: "bilinear", 3: "trilinear"}[axes])
     torch.testing.assert_close(network(image), expected)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 3 * (4 + 6 + 1)
+    assert not any(key.startswith("decoder.") for key in network.state_dict())
+
+
+def test_a_linear_probe_of_a_segformer_reads_its_encoder_alone():
+    network = LinearSegFormer3D(1, 3, encoder_strides=STRIDES, frozen=["encoder.stem", "encoder.stages"], **STAGES).eval()
+    image = torch.randn(1, 1, 16, 24, 8)
+    fine, coarse = network.encoder(image)
+    expected = [torch.nn.functional.interpolate(layer(level), (16, 24, 8), mode="trilinear") for layer, level in zip(network.linear, (fine, coarse))]
+    torch.testing.assert_close(network(image), expected[0] + expected[1])
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 3 * (8 + 16 + 1)
     assert not any(key.startswith("decoder.") for key in network.state_dict())
 
 

@@ -48,6 +48,13 @@ def test_primus_names_the_importable_wrapper(roots, tmp_path):
     assert configuration["architecture"]["arch_kwargs"]["input_shape"] == configuration["patch_size"] == [32, 40, 48]
 
 
+def test_segformer_keeps_its_strides_under_another_name_since_nnunet_reads_them_as_scales(roots, tmp_path):
+    architecture = planned(roots, tmp_path, "segformer3d")[0]["architecture"]
+    kwargs = dict(Pretrained.load(tmp_path / "c.pth").network.kwargs)
+    assert architecture["network_class_name"] == "nnssl_ext.finetuning.networks.PlannedSegFormer3D"
+    assert architecture["arch_kwargs"] == {**kwargs, "strides": [[1, 1, 1]] * 3, "encoder_strides": kwargs["strides"]} and kwargs["strides"][0] == [4, 4, 4]
+
+
 def test_ct_takes_the_statistics_of_the_pretraining(roots, tmp_path):
     configuration, content = planned(roots, tmp_path, channels=("CT", "MRI"))
     assert configuration["normalization_schemes"] == ["CTNormalization", "ZScoreNormalization"]

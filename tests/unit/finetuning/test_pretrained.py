@@ -71,7 +71,16 @@ def test_a_checkpoint_without_a_plan_is_refused(tmp_path):
         Pretrained.load(tmp_path / "bare.pth")
 
 
-@pytest.mark.parametrize(("family", "patch"), [("primus", (32, 36, 32)), ("resenc", (32, 36, 32)), ("resenc", (8, 8, 8))])
+def test_a_segformer_takes_a_patch_whose_deepest_map_is_one_cell_and_hands_over_its_decoder(tmp_path):
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "segformer3d", transfer="encoder+decoder"))
+    pretrained.check_patch_size((16, 16, 16))
+    assert pretrained.modules == ("encoder.stem", "encoder.stages", "decoder.fuse", "decoder.norm", "decoder.stages")
+    assert not any("seg_layers" in key for key in pretrained.weights)
+    adapted = adapt(pretrained, 3, (64, 96, 32))
+    assert adapted.resized == () and adapted.repeated == ("encoder.stem.projection.weight",)
+
+
+@pytest.mark.parametrize(("family", "patch"), [("primus", (32, 36, 32)), ("resenc", (32, 36, 32)), ("resenc", (8, 8, 8)), ("segformer3d", (32, 40, 32))])
 def test_impossible_patch_sizes_are_refused(tmp_path, family, patch):
     with pytest.raises(UserError, match="divisible|one voxel"):
         Pretrained.load(make_checkpoint(tmp_path / "c.pth", family)).check_patch_size(patch)

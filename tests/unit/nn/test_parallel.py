@@ -25,7 +25,7 @@ def trainer(folder, method=MAETrainer, family="primus", **options):
     return made
 
 
-@pytest.mark.parametrize(("family", "count"), [("primus", 4), ("resenc", 6)])
+@pytest.mark.parametrize(("family", "count"), [("primus", 4), ("resenc", 6), ("segformer3d", 2)])
 def test_the_parts_are_transformer_blocks_and_stages_each_once(family, count, tmp_path):
     model = trainer(tmp_path, family=family).model
     found = parallel.parts(model)
@@ -34,7 +34,7 @@ def test_the_parts_are_transformer_blocks_and_stages_each_once(family, count, tm
     assert sum(p.numel() for p in model.parameters() if id(p) in inside) > 0.6 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("method", "family"), [(MAETrainer, "primus"), (MAETrainer, "resenc"), (ToyEMATrainer, "primus")])
+@pytest.mark.parametrize(("method", "family"), [(MAETrainer, "primus"), (MAETrainer, "resenc"), (MAETrainer, "segformer3d"), (ToyEMATrainer, "primus")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_recomputing_changes_no_bit_of_losses_gradients_and_weights(method, family, precision, tmp_path):
     plain, again = (trainer(tmp_path, method, family, recompute=on, precision=precision) for on in (False, True))

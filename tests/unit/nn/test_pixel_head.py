@@ -10,7 +10,7 @@ from nnssl_ext.nn.backbones.base import build_backbone
 from nnssl_ext.nn.pixel_head import Reconstruction
 from tests.make_data import make_plan, tiny_plan
 
-FAMILIES = ["resenc", "primus", "primus_v2"]
+FAMILIES = ["resenc", "primus", "primus_v2", "segformer3d"]
 
 
 def make(family: str, channels: int = 1, out_channels: int = 1, patch=(16, 24, 32)) -> Reconstruction:

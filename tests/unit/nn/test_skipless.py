@@ -8,10 +8,10 @@ from nnssl_ext.nn.skipless import Comparison, SkiplessDecoder, SkiplessUNet
 from tests.make_data import tiny_plan
 
 
-def network(channels=1, patch=(16, 16, 16)):
+def network(channels=1, patch=(16, 16, 16), family="resenc"):
     torch.manual_seed(0)
     plan = tiny_plan(channels, patch)
-    return SkiplessUNet(build_backbone(plan.configuration("3d_fullres"), "resenc", channels))
+    return SkiplessUNet(build_backbone(plan.configuration("3d_fullres"), family, channels))
 
 
 def test_each_scale_has_the_size_and_the_width_of_a_level_of_the_encoder():
@@ -20,6 +20,13 @@ def test_each_scale_has_the_size_and_the_width_of_a_level_of_the_encoder():
 
     maps = SkiplessDecoder(Levels())(torch.randn(2, 8, 3, 2, 5))
     assert [tuple(feature.shape) for feature in maps] == [(2, 6, 6, 4, 10), (2, 4, 6, 8, 20)]
+
+
+def test_a_finest_map_that_is_coarser_than_the_image_is_followed_by_a_scale_of_full_resolution():
+    model, image = network(2, (8, 24, 16), "segformer3d"), torch.randn(2, 2, 8, 24, 16)
+    assert [tuple(feature.shape) for feature in model.maps(image)] == [(2, 8, 4, 12, 8), (2, 8, 8, 24, 16)]
+    _, images = model(torch.stack((image, image)), torch.randn(1, 2, 2, 8, 8, 8))
+    assert [tuple(restored.shape) for restored in images] == [(2, 2, 4, 12, 8), (2, 2, 8, 24, 16), (2, 2, 8, 24, 16)]
 
 
 def test_everything_that_is_restored_went_through_the_deepest_map():

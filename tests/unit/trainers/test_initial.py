@@ -139,12 +139,13 @@ def test_register_tokens_are_no_part_of_the_grid(theirs, ours, tmp_path):
     assert torch.equal(net.eva.pos_embed[:, :ours], weights[:, :theirs] if theirs == ours else torch.zeros(1, ours, 48))
 
 
-@pytest.mark.parametrize("family", ["primus", "resenc"])
+@pytest.mark.parametrize("family", ["primus", "resenc", "segformer3d"])
 def test_other_channels_repeat_the_stem_and_begin_what_depends_on_them_in_a_head(family, tmp_path, capsys):
     file = trained(MAETrainer, tmp_path / "old", family=family)
     state = load_checkpoint(file)["ssl_state"]
     model = filled(make(MAETrainer, tmp_path / "new", family=family, channels=2), file).model
-    (stem,) = {"primus": ["backbone." + STEM], "resenc": ["backbone.net.encoder.stem.convs.0.conv.weight"]}[family]
+    encoder = "backbone.net.encoder.stem."
+    stem = {"primus": "backbone." + STEM, "resenc": f"{encoder}convs.0.conv.weight", "segformer3d": f"{encoder}projection.weight"}[family]
     assert torch.equal(model.state_dict()[stem], repeat_channels(state[stem], 2))
     assert "2 left at their initialisation" in capsys.readouterr().out  # weight and bias of the last layer
     filled(make(MAETrainer, tmp_path / "same", family=family), file)

@@ -87,7 +87,7 @@ def test_slices_are_drawn_in_proportion_to_millimetres_with_the_head_up(tmp_path
     assert rows.min() > TILE / 2 - 2  # below
 
 
-@pytest.mark.parametrize("family", ["resenc", "primus"])
+@pytest.mark.parametrize("family", ["resenc", "primus", "segformer3d"])
 @pytest.mark.parametrize("own", [True, False])
 def test_every_method_has_a_picture_that_is_small_and_changes_nothing(family, own, tmp_path, monkeypatch):
     config = MAETrainer.Config(epochs=1, iterations=1, batch_size=3, workers=0)
