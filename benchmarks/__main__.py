@@ -27,7 +27,9 @@ NAMES = (
     "dinov2_a",
     "dinov2_b",
     "methods",
+    "cross_view",
     "startup",
+    "known_warps",
 )  # one module each, with run(quick) -> Result
 RESULTS = Path(__file__).with_name("results.json")
 

@@ -42,6 +42,20 @@ def mae(trainer: SSLTrainer, batch: Batch) -> Losses:
     return {"total": _mean(terms)}
 
 
+def croco(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Mean over hidden voxels and channels of the squared error of the completed view, over the variance of the voxel's token and channel."""
+    first, terms = batch["first"], []
+    completed = trainer.model.reconstruct(first.image, first.mask, batch["second"].image, trainer.places(batch))
+    edges = [size // cells for size, cells in zip(first.image.shape[2:], first.mask.shape[1:])]
+    for sample, *cell in first.mask.nonzero().tolist():
+        token = tuple(slice(c * e, (c + 1) * e) for c, e in zip(cell, edges))
+        for channel in range(first.image.shape[1]):
+            values, found = first.image[(sample, channel, *token)], completed[(sample, channel, *token)]
+            variance = sum((value - values.mean()) ** 2 for value in values.flatten()) / values.numel() + 1e-6
+            terms += [(found[place] - values[place]) ** 2 / variance for place in product(*map(range, edges))]
+    return {"total": _mean(terms)}
+
+
 def gvsl(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Voxel by voxel: where the moving crop is read, the squared correlation around it, the error of the restored crop; differences of the flow."""
     target, moving = batch["target"].image, batch["moving"].image
@@ -442,6 +456,7 @@ ORACLES: dict[str, Oracle] = {
     "VolumeFusionTrainer": volume_fusion,
     "SparkMAETrainer": mae,
     "GVSLTrainer": gvsl,
+    "CroCo3DTrainer": croco,
     "ModelsGenesisTrainer": models_genesis,
     "PixelClusterTrainer": pixel_cluster,
     "ReconContrastTrainer": recon_contrast,
