@@ -68,10 +68,15 @@ class MatchedPair:
 
     def sample(self, store: CaseStore, case: int, rng: np.random.Generator) -> dict[str, View]:
         target = self.crop.sample(store, case, rng)["image"]
-        other = self.partners.draw(case, rng)
-        affine = same_place(target.affine, self.crop.patch_size, store.shape(case), store.shape(other))
-        moving = View(read_crops(store, other, [affine], [self.crop.patch_size])[0], affine, case=other)
+        moving = at_same_place(store, case, target, self.partners, rng)
         return {"target": target, "image": replace(target, image=self.corrupt(target.image, rng)), "moving": moving}
+
+
+def at_same_place(store: CaseStore, case: int, view: View, partners: Partners, rng: np.random.Generator) -> View:
+    """About the same place of another subject as a view of a case, turned, zoomed and mirrored alike."""
+    other, size = partners.draw(case, rng), view.image.shape[1:]
+    affine = same_place(view.affine, size, store.shape(case), store.shape(other))
+    return View(read_crops(store, other, [affine], [size])[0], affine, case=other)
 
 
 def same_place(affine: np.ndarray, size: tuple[int, ...], shape: tuple[int, ...], other: tuple[int, ...]) -> np.ndarray:

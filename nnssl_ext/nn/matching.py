@@ -23,7 +23,7 @@ class AffineHead(nn.Module):
 
     def __init__(self, width: int, hidden: int = 256) -> None:
         super().__init__()
-        self.compare, self.linear = _block(2 * width, hidden), _quiet(nn.Linear(hidden, 12))
+        self.compare, self.linear = _block(2 * width, hidden), near_zero(nn.Linear(hidden, 12))
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         return wide(self.linear(self.compare(torch.cat((fixed, moving), 1)).flatten(2).mean(2)))
@@ -40,7 +40,7 @@ class FlowHead(nn.Module):
     def __init__(self, width: int, hidden: int = 16) -> None:
         super().__init__()
         self.compare = nn.Sequential(_block(2 * width, hidden), _block(hidden, hidden))
-        self.flow = _quiet(nn.Conv3d(hidden, 3, 3, padding=1))
+        self.flow = near_zero(nn.Conv3d(hidden, 3, 3, padding=1))
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         return wide(self.flow(self.compare(torch.cat((fixed, moving), 1))))
@@ -76,8 +76,8 @@ def _block(before: int, after: int) -> nn.Module:
     return nn.Sequential(nn.Conv3d(before, after, 3, padding=1), nn.GroupNorm(after // 8, after), nn.LeakyReLU(0.01))
 
 
-def _quiet(layer: nn.Linear | nn.Conv3d) -> nn.Module:
-    """Near the identity, but not on it: between voxels an interpolation has a slope, on them it has two.
+def near_zero(layer: nn.Linear | nn.Conv3d) -> nn.Module:
+    """A layer whose output is near zero, so that what is moved by it stays almost in place: between voxels an interpolation has a slope, on them it has two.
 
     Source: Balakrishnan et al. 2019, arXiv:1809.05231 (their code).
     """

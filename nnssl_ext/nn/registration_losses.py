@@ -50,3 +50,12 @@ def flow_gradient(flow: Tensor) -> Tensor:
     Source: Balakrishnan et al. 2019, arXiv:1809.05231, eq. 6.
     """
     return torch.stack([wide(flow).diff(dim=axis).square().mean() for axis in (2, 3, 4)]).mean()
+
+
+def end_point_error(displacement: Tensor, true: Tensor) -> Tensor:
+    """Mean distance over the voxels of each sample between where two displacements lead to, (B,).
+
+    Args:
+        displacement, true: (B, 3, z, y, x), in the unit of the result.
+    """
+    return torch.linalg.vector_norm(wide(displacement) - wide(true), dim=1).mean((1, 2, 3))

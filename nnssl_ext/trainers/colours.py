@@ -58,3 +58,9 @@ def label_rgb(labels: np.ndarray) -> np.ndarray:
 def label_colour(number: int) -> tuple[float, float, float]:
     """Neighbouring numbers get hues far apart (golden ratio), in three brightnesses."""
     return colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.55 + 0.4 * (number % 2), (1.0, 0.75, 0.5)[number % 3])
+
+
+def displacement_rgb(displacements: Tensor) -> np.ndarray:
+    """Displacements (B, 3, z, y, x) as colours (B, z, y, x, 3) float32 in [0, 1]: grey for none; red, green and blue for z, y and x, by the largest of all."""
+    largest = displacements.abs().amax().clamp_min(1e-6)
+    return (0.5 + 0.5 * displacements / largest).movedim(1, -1).float().cpu().numpy()  # type: ignore[no-any-return]

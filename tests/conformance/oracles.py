@@ -60,30 +60,65 @@ def gvsl(trainer: SSLTrainer, batch: Batch) -> Losses:
     """Voxel by voxel: where the moving crop is read, the squared correlation around it, the error of the restored crop; differences of the flow."""
     target, moving = batch["target"].image, batch["moving"].image
     restored, flow, displacement = trainer.model(batch["image"].image, moving)
-    shape, correlations = target.shape[2:], []
+    errors = [(restored[place] - target[place]) ** 2 for place in product(*map(range, target.shape))]
+    similarity, restoration, smoothness = 1 - _correlation(target, moving, displacement), _mean(errors), _slopes(flow)
+    return {"total": similarity + restoration + smoothness, "similarity": similarity, "restoration": restoration, "smoothness": smoothness}
+
+
+def _correlation(target: Tensor, moving: Tensor, displacement: Tensor) -> Tensor:
+    """Mean squared correlation around each voxel of a volume and a moved one."""
+    correlations = []
     for i, channel in product(*map(range, target.shape[:2])):
         one, other = target[i, channel], _trilinear(moving[i, channel], displacement[i])
         spread = [1e-4 * ((x - x.mean()) ** 2).mean() + 1e-10 for x in (one, other)]
-        for place in product(*map(range, shape)):
+        for place in product(*map(range, target.shape[2:])):
             window = tuple(slice(max(0, p - 4), p + 5) for p in place)
             a, b = one[window] - one[window].mean(), other[window] - other[window].mean()
             correlations.append((a * b).mean() ** 2 / (((a * a).mean() + spread[0]) * ((b * b).mean() + spread[1])))
-    errors = [(restored[place] - target[place]) ** 2 for place in product(*map(range, target.shape))]
-    slopes = [_mean([(flow.select(axis, k + 1) - flow.select(axis, k)).square().mean() for k in range(shape[axis - 2] - 1)]) for axis in (2, 3, 4)]
-    similarity, restoration, smoothness = 1 - _mean(correlations), _mean(errors), _mean(slopes)
-    return {"total": similarity + restoration + smoothness, "similarity": similarity, "restoration": restoration, "smoothness": smoothness}
+    return _mean(correlations)
+
+
+def _slopes(flow: Tensor) -> Tensor:
+    """Mean squared difference of neighbours, averaged over the axes."""
+    axes = (2, 3, 4)
+    return _mean([_mean([(flow.select(axis, k + 1) - flow.select(axis, k)).square().mean() for k in range(flow.shape[axis] - 1)]) for axis in axes])
 
 
 def _trilinear(volume: Tensor, displacement: Tensor) -> Tensor:
     """A volume (z, y, x) where its displacement (3, z, y, x) leads to; outside of it the nearest voxel counts."""
     grid = torch.meshgrid(*(torch.arange(n) for n in volume.shape), indexing="ij")
-    places = [(axis + offset).clamp(0, n - 1) for axis, offset, n in zip(grid, displacement, volume.shape)]
+    return _interpolated(volume, torch.stack([axis + offset for axis, offset in zip(grid, displacement)]))
+
+
+def _interpolated(volume: Tensor, places: Tensor) -> Tensor:
+    """A volume (z, y, x) at places (3, ...); outside of it the nearest voxel counts."""
+    places = torch.stack([place.clamp(0, n - 1) for place, n in zip(places, volume.shape)])
     first = [place.detach().floor().long().clamp(max=n - 2) for place, n in zip(places, volume.shape)]
     terms = []
     for corner in product((0, 1), repeat=3):
         z, y, x = (place - low if c else 1 - (place - low) for place, low, c in zip(places, first, corner))
         terms.append(z * y * x * volume[tuple(low + c for low, c in zip(first, corner))])
     return _sum(terms)
+
+
+def registration_pretext(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """The velocity, doubled up seven times, as the displacement of each voxel; then voxel by voxel as GVSL's, and how far off the known ones are."""
+    fixed, moving, true = (batch[name].image for name in ("fixed", "moving", "displacement"))
+    velocity = trainer.model(fixed, moving)[0]
+    steps = velocity / 128
+    for _ in range(7):
+        steps = torch.stack([step + torch.stack([_trilinear(component, step) for component in step]) for step in steps])
+    shape, coarse, lengths = fixed.shape[2:], velocity.shape[2:], []
+    grid = torch.meshgrid(*(torch.arange(n, dtype=velocity.dtype) for n in shape), indexing="ij")
+    to_coarse = torch.stack([((axis + 0.5) * cells / n - 0.5) for axis, cells, n in zip(grid, coarse, shape)])
+    displacement = torch.stack([torch.stack([_interpolated(u, to_coarse) * n / cells for u, n, cells in zip(step, shape, coarse)]) for step in steps])
+    for i in range(len(fixed)):
+        if batch["fixed"].cases[i] == batch["moving"].cases[i]:
+            lengths.append(sum(((displacement[i, axis] - true[i, axis]) ** 2 for axis in range(3)), torch.zeros(())).sqrt().mean())
+        else:
+            lengths.append(torch.zeros(()))
+    similarity, smoothness, end_point = 1 - _correlation(fixed, moving, displacement), _slopes(velocity), _mean(lengths)
+    return {"total": similarity + smoothness + end_point, "similarity": similarity, "smoothness": smoothness, "end_point": end_point}
 
 
 def models_genesis(trainer: SSLTrainer, batch: Batch) -> Losses:
@@ -418,6 +453,48 @@ def _unit(row: Tensor) -> Tensor:
     return row / row.square().sum().sqrt()
 
 
+def bilateral_dense_contrast(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Place after place of a grid over what both crops share: its likeness to all that the other crop has, but for what lies about its mirror image."""
+    model, views, sides = trainer.model, [batch["global_0"], batch["global_1"]], []
+    maps = [model.backbone.pyramid(view.image) for view in views]
+    decodes = "decoder" in model.backbone.supports
+    maps = [[model.narrow(model.backbone.decode(levels))] for levels in maps] if decodes else maps
+    cells = [(1, 1, 1)] if decodes else model.backbone.strides
+    for sample in range(len(views[0].image)):
+        affines = [np.vstack((view.affine[sample].numpy(), [0, 0, 0, 1])) for view in views]
+        to_other, size, edges = np.linalg.inv(affines[1]) @ affines[0], views[0].image.shape[2:], cells[0]
+        ends = [((e - 1) / 2, n - 1 - (e - 1) / 2) for n, e in zip(size, edges)]
+        corners = [np.linalg.inv(to_other) @ [*corner, 1] for corner in product(*ends)]
+        lows = [max(low, min(corner[axis] for corner in corners)) for axis, (low, _) in enumerate(ends)]
+        highs = [min(high, max(corner[axis] for corner in corners)) for axis, (_, high) in enumerate(ends)]
+        per_axis = next(n for n in (3, 2, 1) if math.prod(min(n, s // e) for s, e in zip(size, edges)) <= trainer.config.voxels)
+        counts = [min(per_axis, n // e) for n, e in zip(size, edges)]
+        lines = [[low + (high - low) * (k + 0.5) / n for k in range(n)] for low, high, n in zip(lows, highs, counts)]
+        pairs = [(np.array(place), (to_other @ [*place, 1])[:3]) for place in product(*lines)]
+        pairs = [pair for pair in pairs if all(low - 1e-6 <= p <= high + 1e-6 for p, (low, high) in zip(pair[1], ends))]
+        case = [(affines[0] @ [*first, 1])[:3] for first, _ in pairs]
+        mirror = [np.array([z, y, trainer.store.shape(0)[2] - 1 - x]) for z, y, x in case]  # of these cases, x of the array is that of the world
+        vectors = []
+        for levels, places in zip(maps, zip(*pairs)):
+            read = [[_inner(level[sample], [(p + 0.5) / e - 0.5 for p, e in zip(place, cell)]) for level, cell in zip(levels, cells)] for place in places]
+            vectors.append([_unit(model.projector(torch.cat(features))) for features in read])
+        for asked, told in (vectors, vectors[::-1]):
+            terms = []
+            for i, vector in enumerate(asked):
+                shares = {}
+                for k, other in enumerate(told):
+                    if k == i or 3.0 * np.linalg.norm(mirror[i] - case[k]) > trainer.config.radius:  # voxels of 3 mm
+                        shares[k] = ((vector * other).sum() / trainer.config.temperature).exp()
+                terms.append(-(shares[i] / _sum(list(shares.values()))).log())
+            sides.append(_mean(terms))
+    return {"total": _mean(sides)}
+
+
+def _inner(values: Tensor, place: Sequence[float]) -> Tensor:
+    """A map (C, d, h, w) between its cells; beyond the outermost ones what these hold."""
+    return _read(values, [min(max(p, 0.0), n - 1.0) for p, n in zip(place, values.shape[1:])])
+
+
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["a"].image, batch["b"].image
 
@@ -449,13 +526,39 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return inner / (aa * bb).sqrt()
 
 
+def multi_mae(trainer: SSLTrainer, batch: Batch) -> Losses:
+    """Modality by modality and sample by sample, where the sample has the modality: mean over hidden voxels of the squared error of the normalised block."""
+    names = trainer.modalities
+    image, grid = torch.cat([batch[name].image for name in names], 1), trainer.backbone.grid
+    predicted = trainer.model.reconstruct(image, torch.stack([batch[name].mask for name in names], 1))
+    losses: dict[str, Tensor] = {}
+    for m, name in enumerate(names):
+        errors = []
+        for i, case in enumerate(batch[name].cases):
+            terms = [image.new_zeros(())]
+            if name in trainer.store.info(case)["modalities"]:
+                terms = []
+                for place in product(*map(range, grid)):
+                    if batch[name].mask[(i, *place)]:
+                        block = tuple(slice(p * t, (p + 1) * t) for p, t in zip(place, trainer.backbone.token))
+                        values, guess = image[(i, m, *block)].flatten(), predicted[(i, m, *block)].flatten()
+                        mean = _sum(list(values)) / len(values)
+                        deviation = (_sum([(v - mean) ** 2 for v in values]) / len(values) + 1e-6).sqrt()
+                        terms += [((v - mean) / deviation - g) ** 2 for v, g in zip(values, guess)]
+            errors.append(_mean(terms))
+        losses[name] = _mean(errors)
+    return {"total": _sum(list(losses.values())), **losses}
+
+
 ORACLES: dict[str, Oracle] = {
+    "MultiMAETrainer": multi_mae,
     "MAETrainer": mae,
     "SimMIMTrainer": sim_mim,
     "VoCoTrainer": voco,
     "VolumeFusionTrainer": volume_fusion,
     "SparkMAETrainer": mae,
     "GVSLTrainer": gvsl,
+    "RegistrationPretextTrainer": registration_pretext,
     "CroCo3DTrainer": croco,
     "ModelsGenesisTrainer": models_genesis,
     "PixelClusterTrainer": pixel_cluster,
@@ -468,6 +571,7 @@ ORACLES: dict[str, Oracle] = {
     "DINOIoUTrainer": dino_iou,
     "PCRLv2Trainer": pcrl_v2,
     "PatchClusterTrainer": patch_cluster,
+    "BilateralDenseContrastTrainer": bilateral_dense_contrast,
     "ToyEMATrainer": toy_ema,
     "ToyPredictorTrainer": toy_predictor,
     "ToyQueueTrainer": toy_queue,

@@ -20,12 +20,14 @@ OWN = [pair for pair in PAIRS if pair.method in registered()]
 UNUSED = Path(tempfile.gettempdir()) / "unused"
 OVERFIT_STEPS, LR = 30, 3e-3
 LEFT = 0.3  # of the first loss, at most, when a batch has been seen thirty times; measured 0.04 to 0.17
-LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
+LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts, normalised voxels
     "DINOv2Trainer": 0.5,
     "DINOv2HighResTrainer": 0.5,
     "DINOIoUTrainer": 0.5,
+    "MultiMAETrainer": 0.5,
     "PixelClusterTrainer": 0.6,
     "ReconContrastTrainer": 0.5,
+    "RegistrationPretextTrainer": 0.6,
     "SimSiamIoUTrainer": 0.5,
     "SwinUNETRPretrainTrainer": 0.75,
     "VolumeFusionTrainer": 0.75,
@@ -36,7 +38,10 @@ LEFT_BY_METHOD = {  # slower: classes, entropies of soft targets, contrasts
 LOWEST_BY_METHOD = {"SimSiamIoUTrainer": -1.0, "PCRLv2Trainer": -2.0}  # value of a perfect loss where that is not 0: negative cosines
 VISIBLE = 0.99  # share of the visible voxels that get a gradient, at least
 VISIBLE_BY_METHOD = {"VolumeFusionTrainer": 0.5}  # where one of two crops has all the weight, nothing of the other one is seen
-LABELS = {"PixelClusterTrainer": {"first_labels", "second_labels"}}  # views with numbers of classes, which are told and not seen, by method
+LABELS = {  # views with numbers of classes or known answers, which are told and not seen, by method
+    "PixelClusterTrainer": {"first_labels", "second_labels"},
+    "RegistrationPretextTrainer": {"displacement"},
+}
 PATCH = (8, 24, 16)  # no two axes alike
 
 

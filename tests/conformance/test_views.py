@@ -14,10 +14,12 @@ CORRUPTED = {  # views with changed intensities, by method
     "ModelsGenesisTrainer": {"image"},
     "PixelClusterTrainer": {"first_labels", "second_labels"},
     "PCRLv2Trainer": {"global_0", "global_1"},
+    "RegistrationPretextTrainer": {"fixed", "displacement"},
     "VolumeFusionTrainer": {"label"},
     **{name: {"image_0", "image_1"} for name in ("ReconContrastTrainer", "SwinUNETRPretrainTrainer")},
     **{name: {"b"} for name in ("ToyEMATrainer", "ToyPredictorTrainer", "ToyQueueTrainer", "ToyCentreTrainer")},
 }
+SHOWN = {"MultiMAETrainer": {"CT": [0], "MR": [1], "PET": [2]}}  # channels of a view that doesn't show all, by method
 TOLERANCE = 1e-3  # voxels
 
 
@@ -29,13 +31,13 @@ class CoordinateStore(ArrayStore):
         self.arrays = [np.stack(np.meshgrid(*map(np.arange, TINY_SHAPE), indexing="ij")).astype(np.float32) for _ in self.arrays]
 
 
-def off(view):
-    """Largest distance in voxels between where a voxel is and where the affine says; over the voxels inside the case."""
+def off(view, channels=(0, 1, 2)):
+    """Largest distance in voxels between where a voxel is and where the affine says, along the axes that the view shows; over the voxels inside the case."""
     grid = np.stack(np.meshgrid(*map(np.arange, view.image.shape[1:]), indexing="ij")).astype(float)
     expected = np.einsum("ij,j...->i...", view.affine[:, :3], grid) + view.affine[:, 3].reshape(3, 1, 1, 1)
     inside = np.all([(place >= 0) & (place <= size - 1) for place, size in zip(expected, TINY_SHAPE)], axis=0)
     assert inside.any()
-    return float(np.linalg.norm(view.image - expected, axis=0)[inside].max())
+    return float(np.linalg.norm(view.image - expected[list(channels)], axis=0)[inside].max())
 
 
 def samples(pair, folder):
@@ -50,7 +52,7 @@ def test_the_affine_says_where_every_voxel_comes_from(pair, tmp_path):
     seen = list(samples(pair, tmp_path))
     assert seen
     for name, view in seen:
-        assert off(view) <= TOLERANCE, name
+        assert off(view, SHOWN.get(pair.method, {}).get(name, (0, 1, 2))) <= TOLERANCE, name
 
 
 @pytest.mark.parametrize("pair", PAIRS[:1], ids=str)
