@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -82,6 +83,44 @@ def shared_grid(affine_a: Tensor, affine_b: Tensor, grid: Sequence[int], cell: S
     return both.mT.unflatten(3, tuple(grid)) - cells_3DHW
 
 
+def shared_places(affine_a: Tensor, affine_b: Tensor, shape: Sequence[int], cell: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+    """The same places of the case in two views that may be shifted, zoomed, mirrored and turned against each other.
+
+    The smallest box of view a that holds what both share, from the first to the last cell centre of both, is divided into equal
+    parts, of which the places are the middles: as many along each axis as there are cells, or as keep their number within `most`.
+    Of turned views the box holds places that are not in b, too, which do not count. At least one counts, if need be the one that
+    is nearest to both.
+
+    Args:
+        affine_a, affine_b: as of `retrieval`.
+        shape: voxels of either view.
+        cell: voxels of a cell, (z, y, x).
+        most: places of each sample.
+
+    Returns:
+        places (2, B, Q, 3) in voxels of a and of b, and which of them count, (B, Q) bool; on the affines' device.
+    """
+    affine_a, affine_b = affine_a.double(), affine_b.double()
+    low_3 = (affine_a.new_tensor(cell) - 1) / 2
+    high_3 = affine_a.new_tensor(shape) - 1 - low_3
+    corners_83 = torch.where(torch.cartesian_prod(*[torch.arange(2, device=low_3.device)] * 3).bool(), high_3, low_3)
+    ends_B83 = _carry(corners_83, affine_b, affine_a)
+    first_B3, last_B3 = torch.maximum(ends_B83.amin(1), low_3), torch.minimum(ends_B83.amax(1), high_3)
+    cells = [n // edge for n, edge in zip(shape, cell)]
+    longest = max(edge for edge in range(1, max(cells) + 1) if edge == 1 or math.prod(min(edge, n) for n in cells) <= most)
+    shares = [(torch.arange(n, dtype=torch.float64, device=low_3.device) + 0.5) / n for n in (min(longest, n) for n in cells)]
+    share_Q3 = torch.cartesian_prod(*shares)
+    places_BQ3 = first_B3[:, None] + share_Q3 * (last_B3 - first_B3)[:, None]
+    both_2BQ3 = torch.stack((places_BQ3, _carry(places_BQ3, affine_a, affine_b)))
+    off_BQ = torch.maximum(low_3 - both_2BQ3, both_2BQ3 - high_3).amax((0, 3))
+    return both_2BQ3, off_BQ <= off_BQ.amin(1, keepdim=True).clamp_min(_EXACT)
+
+
+def moved(points_BQ3: Tensor, affine: Tensor) -> Tensor:
+    """Points (B, Q, 3), or (Q, 3) of all samples, through affine maps (B, 3, 4)."""
+    return points_BQ3 @ affine[:, :, :3].mT + affine[:, None, :, 3]
+
+
 def shared_voxels(affine_a: Tensor, affine_b: Tensor, shape: Sequence[int]) -> Tensor:
     """Which voxels of view a lie in view b, (B, z, y, x) bool, on the affines' device.
 
@@ -117,8 +156,7 @@ def labels_of_other(labels_b: Tensor, affine_a: Tensor, affine_b: Tensor) -> Ten
 
 def _carry(points_Q3: Tensor, affine_a: Tensor, affine_b: Tensor) -> Tensor:
     """Voxels (Q, 3) or (B, Q, 3) of view a as voxels of view b, (B, Q, 3)."""
-    case_BQ3 = points_Q3 @ affine_a[:, :, :3].mT + affine_a[:, None, :, 3]
-    carried: Tensor = (case_BQ3 - affine_b[:, None, :, 3]) @ torch.linalg.inv(affine_b[:, :, :3]).mT
+    carried: Tensor = (moved(points_Q3, affine_a) - affine_b[:, None, :, 3]) @ torch.linalg.inv(affine_b[:, :, :3]).mT
     return carried
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnssl_ext.data.spatial import make_affine, rotation_matrix, to_case, to_crop
-from nnssl_ext.nn.correspondence import QUERIES, labels_of_other, retrieval, shared_grid, shared_voxels
+from nnssl_ext.nn.correspondence import QUERIES, labels_of_other, retrieval, shared_grid, shared_places, shared_voxels
 from nnssl_ext.nn.warp import warp
 
 GRID, TOKEN = (4, 5, 6), (4, 2, 3)
@@ -214,3 +214,51 @@ def test_labels_of_the_case_seen_through_either_view_are_the_same():
     found = labels_of_other(torch.from_numpy(seen[1])[None], tensor(pair[0]), tensor(pair[1]))[0].numpy()
     shared = shared_voxels(tensor(pair[0]), tensor(pair[1]), SIZE)[0].numpy()
     assert np.array_equal(found, np.where(shared, seen[0], 0))
+
+
+# The same places in two views that may be turned
+
+TURNED = {
+    **PAIRS,
+    "turned": (affine((20, 20, 20)), affine((22, 21, 19), (20, -10, 30))),
+    "turned, zoomed and mirrored": (
+        affine((20, 20, 20), (5, 8, -9), 1.2, (True, False, True)),
+        affine((21, 18, 23), (-10, 3, 7), 0.85, (True, False, True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("cell", [(1, 1, 1), TOKEN], ids=str)
+@pytest.mark.parametrize("name", TURNED)
+def test_shared_places_are_the_same_of_the_case_and_lie_among_the_cell_centres_of_both_views(name, cell):
+    pair = TURNED[name]
+    places, valid = shared_places(tensor(pair[0], pair[0]), tensor(pair[1], pair[1]), SIZE, cell, 1000)
+    count = math.prod(min(10, s // c) for s, c in zip(SIZE, cell)) if cell != TOKEN else 120
+    assert places.shape == (2, 2, count, 3) and torch.equal(valid[0], valid[1])
+    first, second = places[:, 0].numpy()
+    np.testing.assert_allclose(to_case(pair[0], first), to_case(pair[1], second), atol=1e-9)
+    inside = np.all([(p >= (np.array(cell) - 1) / 2 - 1e-6) & (p <= np.array(SIZE) - 1 - (np.array(cell) - 1) / 2 + 1e-6) for p in (first, second)], (0, 2))
+    assert np.array_equal(valid[0].numpy(), inside) and inside.mean() > 0.2
+    assert inside.all() or name not in PAIRS  # of views that are not turned, the box holds nothing else
+
+
+@pytest.mark.parametrize("most", [1, 7, 27, 64, 1000, 10_000])
+def test_shared_places_are_as_many_as_asked_for_at_most_and_no_more_than_cells(most):
+    here = tensor(affine((20, 20, 20)))
+    places, valid = shared_places(here, here, SIZE, TOKEN, most)
+    assert places.shape[2] <= min(most, 120) and places.shape[2] == {1: 1, 7: 1, 27: 27, 64: 64}.get(most, 120) and valid.all()
+    torch.testing.assert_close(places[0], places[1], rtol=0, atol=1e-9)
+    assert torch.unique(places[0, 0], dim=0).shape == places[0, 0].shape
+    low, high = places[0, 0].amin(0), places[0, 0].amax(0)  # half a part from the outermost cell centres
+    torch.testing.assert_close(low + high, torch.tensor(SIZE).double() - 1)
+
+
+@pytest.mark.parametrize("name", ["half a cell", "a corner", "a corner, turned", "everything"])
+def test_views_that_share_next_to_nothing_have_a_place_that_counts(name):
+    others = {"half a cell": affine((34, 20, 20)), "a corner": affine((35.5, 29.4, 36.9)), "a corner, turned": affine((33, 27, 34), (30, -40, 25))}
+    here, other = affine((20, 20, 20)), others.get(name, affine((20, 20, 20)))
+    places, valid = shared_places(tensor(here, here), tensor(other, here), SIZE, TOKEN, 1000)
+    assert valid[0].any() and valid[1].all() and places.isfinite().all()
+    if "turned" not in name:
+        for view in places[:, 0][:, valid[0]].numpy():  # within a cell of the outermost centres, where nothing is shared between these
+            assert (view >= -(np.array(TOKEN) + 1) / 2).all() and (view <= np.array(SIZE) - 1 + (np.array(TOKEN) + 1) / 2).all()
