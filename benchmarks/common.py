@@ -18,6 +18,7 @@ from nnssl_ext.core.plan import ConfigPlan, NetworkPlan, Normalization, Plan
 from nnssl_ext.preprocessing.store import BODY_CELL
 
 THREADS = 2
+PAIRED = ("MultiMAETrainer",)  # methods that need images of two modalities
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,13 @@ class NoiseStore:
 
     def data_hash(self) -> str:
         return "0" * 64
+
+
+class PairedStore(NoiseStore):
+    """The same, but every two cases are the CT and the MR image of one visit."""
+
+    def subject(self, case: int) -> str:
+        return f"subject{case // 2}"
+
+    def info(self, case: int) -> dict[str, Any]:
+        return {"session": "1", "modalities": [("CT", "MR")[case % 2]], "stored": self.geometry(case).as_dict()}

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import count, repeat
 from typing import Any
 
-from benchmarks.common import NoiseStore, Result, compare, make_plan, memory
+from benchmarks.common import PAIRED, NoiseStore, PairedStore, Result, compare, make_plan, memory
 from nnssl_ext.core.registry import all_classes
 from nnssl_ext.planners import primus, resenc
 from nnssl_ext.trainers.base import SSLTrainer
@@ -38,7 +38,7 @@ def work(side: str, argument: tuple[str, bool]) -> Callable[[], object]:
     (family, quick), cls = argument, methods()[side]
     patch = (32, 32, 32) if quick else (48, 48, 48)
     network = NETWORKS[family]((1, 1, 1), patch, "nano", 1e3, BATCH)
-    store: Any = NoiseStore([2 * edge for edge in patch])
+    store: Any = (PairedStore if side in PAIRED else NoiseStore)([2 * edge for edge in patch])
     plan = make_plan(patch, family, replace(network, batch_size=BATCH))
     trainer = cls(plan, "3d_fullres", cls.Config(batch_size=BATCH), store, tempfile.gettempdir(), family=family)
     trainer.initialize()

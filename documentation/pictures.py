@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from benchmarks import methods as registered
-from benchmarks.common import ArrayLabels, NoiseStore, make_plan
+from benchmarks.common import PAIRED, ArrayLabels, NoiseStore, make_plan
+from benchmarks.pairs import WINDOW, PairedPhantoms
 from nnssl_ext.core.geometry import Geometry
 from nnssl_ext.core.plan import NetworkPlan
 from nnssl_ext.evaluation.clusters import features_of, fit
@@ -32,7 +33,6 @@ from nnssl_ext.trainers.sinks import VARIABLE
 
 IMAGES = Path(__file__).with_name("images")
 SIZE, SPACING, CASES = 64, 3.0, 16  # voxels per edge of a phantom, mm, number of phantoms
-WINDOW = (-200.0, 300.0)  # HU
 PATCH, BATCH, STEPS = (48, 48, 48), 2, 200
 CLUSTERS, CLUSTER_STEPS = 8, 60  # for methods that learn to tell clusters; training steps of the network by whose features they are found
 WIDEST, COLOURS = 900, 64  # of a picture: pixels, entries of the palette
@@ -69,15 +69,15 @@ class Phantoms(NoiseStore):
 
 
 @cache
-def phantoms() -> Phantoms:
-    return Phantoms()
+def phantoms(paired: bool = False) -> NoiseStore:
+    return PairedPhantoms(range(CASES), SIZE, SPACING) if paired else Phantoms()
 
 
 def train(cls: type[SSLTrainer], family: str, steps: int, folder: Path) -> SSLTrainer:
     """A trained method with a network of the smallest size."""
     network: NetworkPlan = registered.NETWORKS[family]((1, 1, 1), PATCH, "nano", 1e3, BATCH)
     config: Any = cls.Config(epochs=1, iterations=steps, val_iterations=1, batch_size=BATCH, workers=0)
-    store: Any = phantoms()
+    store: Any = phantoms(cls.__name__ in PAIRED)
     trainer = cls(make_plan(PATCH, family, replace(network, batch_size=BATCH)), "3d_fullres", config, store, folder, family=family)
     trainer.fit()
     return trainer

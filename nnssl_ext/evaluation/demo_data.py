@@ -82,9 +82,9 @@ def write_dataset_801(raw_root: Path | str, count: int = 24, seed: int = 0, work
 
     def metadata() -> dict[str, Any]:
         entries = [(v["source"], SCANS[v["source"]].package.name, name, v["modality"], v["file"], v["info"]) for name, v in volumes.items()]
-        return {"pretrain_data.json": _pretrain_data(801, COHORT, entries, semi_synthetic_sentence(count))}
+        return {"pretrain_data.json": pretrain_data(801, COHORT, entries, semi_synthetic_sentence(count))}
 
-    return _write(folder, {"data": "torso cohort", "count": count, "seed": seed}, jobs, metadata, workers)
+    return write_dataset(folder, {"data": "torso cohort", "count": count, "seed": seed}, jobs, metadata, workers)
 
 
 def write_dataset_901(raw_root: Path | str, train: int = 6, test: int = 4, seed: int = 0, workers: int = 2) -> dict[str, Any]:
@@ -124,16 +124,16 @@ def write_dataset_802(raw_root: Path | str, count: int = 24, seed: int = 0, size
 
         def image(index: int = index) -> tuple[np.ndarray, Geometry]:
             phantom = make_phantom(seed, index, (size,) * 3, (spacing,) * 3, modalities[index])
-            return _rounded(phantom.image), _phantom_geometry(phantom)
+            return rounded(phantom.image), phantom_geometry(phantom)
 
         jobs.append((files[index], image))
 
     def metadata() -> dict[str, Any]:
         entries = [(name, "phantom", "scan_0", modality, file, {"synthetic": True}) for name, modality, file in zip(names, modalities, files, strict=True)]
-        return {"pretrain_data.json": _pretrain_data(802, PHANTOM_COHORT, entries, f"{count} procedural phantoms")}
+        return {"pretrain_data.json": pretrain_data(802, PHANTOM_COHORT, entries, f"{count} procedural phantoms")}
 
     settings = {"data": "phantom cohort", "count": count, "seed": seed, "size": size, "spacing": spacing}
-    return _write(Path(raw_root) / PHANTOM_COHORT, settings, jobs, metadata, workers)
+    return write_dataset(Path(raw_root) / PHANTOM_COHORT, settings, jobs, metadata, workers)
 
 
 def write_dataset_902(
@@ -151,7 +151,7 @@ def write_dataset_902(
 
     def volume(index: int) -> tuple[np.ndarray, np.ndarray, Geometry]:
         phantom = make_phantom(seed, 2 * _TEST_INDEX + index, (size,) * 3, (spacing,) * 3, modality)
-        return phantom.image, phantom.labels, _phantom_geometry(phantom)
+        return phantom.image, phantom.labels, phantom_geometry(phantom)
 
     settings = {"data": "phantom organs", "train": train, "test": test, "seed": seed, "modality": modality, "size": size, "spacing": spacing}
     description = f"{train + test} procedural phantoms; every volume is another subject."
@@ -162,7 +162,7 @@ def _derived_image(seed: int, index: int, entry: dict[str, Any]) -> Callable[[],
     def image() -> tuple[np.ndarray, Geometry]:
         derived: DerivedVolume = derive_volume(seed, index)
         entry.update(modality=derived.modality, info={"semi_synthetic": True, "contrast_remapped": derived.pseudo})
-        return _rounded(derived.image), derived.geometry
+        return rounded(derived.image), derived.geometry
 
     return image
 
@@ -190,7 +190,7 @@ def _write_nnunet(
 
         def image(index: int = index, made: dict[str, Any] = made) -> tuple[np.ndarray, Geometry]:
             made["volume"] = volume(index)
-            return _rounded(made["volume"][0]), made["volume"][2]
+            return rounded(made["volume"][0]), made["volume"][2]
 
         def label(made: dict[str, Any] = made) -> tuple[np.ndarray, Geometry]:
             _, array, geometry = made.pop("volume")
@@ -212,10 +212,10 @@ def _write_nnunet(
             },
         }
 
-    return _write(folder, settings, jobs, metadata, workers, files_per_task=2)
+    return write_dataset(folder, settings, jobs, metadata, workers, files_per_task=2)
 
 
-def _write(
+def write_dataset(
     folder: Path, settings: Mapping[str, Any], jobs: Sequence[Job], metadata: Callable[[], dict[str, Any]], workers: int, files_per_task: int = 1
 ) -> dict[str, Any]:
     """Write all files of a data set, each atomically, its record last; a finished data set with the same settings is kept."""
@@ -267,15 +267,15 @@ def _write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     write_image(path, image, "a volume")
 
 
-def _rounded(image: np.ndarray) -> np.ndarray:
+def rounded(image: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(np.rint(image), -32768, 32767), np.int16)
 
 
-def _phantom_geometry(phantom: Phantom) -> Geometry:
+def phantom_geometry(phantom: Phantom) -> Geometry:
     return Geometry(phantom.image.shape, phantom.spacing)
 
 
-def _pretrain_data(number: int, name: str, entries: Sequence[tuple[str, str, str, str, str, dict[str, Any]]], information: str) -> dict[str, Any]:
+def pretrain_data(number: int, name: str, entries: Sequence[tuple[str, str, str, str, str, dict[str, Any]]], information: str) -> dict[str, Any]:
     """nnssl's description of a collection from (subject, source data set, session, modality, file, information) of every volume."""
     datasets: dict[str, Any] = {}
     for subject, source, session, modality, file, info in entries:
@@ -284,5 +284,6 @@ def _pretrain_data(number: int, name: str, entries: Sequence[tuple[str, str, str
         )
         person = dataset["subjects"].setdefault(subject, {"subject_id": subject, "subject_info": None, "sessions": {}})
         image = {"name": Path(file).name, "modality": modality, "image_path": f"${RAW}/{name}/{file}", "image_info": info, "associated_masks": None}
-        person["sessions"][session] = {"session_id": session, "session_info": None, "images": [image]}
+        visit = person["sessions"].setdefault(session, {"session_id": session, "session_info": None, "images": []})
+        visit["images"].append(image)
     return {"collection_index": number, "collection_name": name, "datasets": datasets}

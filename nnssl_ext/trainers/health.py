@@ -188,9 +188,10 @@ class HealthMonitor:
         if self.tapped:
             return
         self.tapped = True
-        grid = [size // stride for size, stride in zip(x.shape[2:], self.backbone.strides[-1])]
+        size = x.shape[2:] if x.ndim > 3 else self.backbone.patch_size  # of tokens that the method has embedded itself
+        grid = [edge // stride for edge, stride in zip(size, self.backbone.strides[-1])]
         tokens = features[-1].flatten(2).mT if isinstance(features, list) else features  # (B, N, C)
-        tokens = tokens.detach()[: self.per_step, -math.prod(grid) :]  # without register tokens
+        tokens = tokens.detach()[: self.per_step, -(math.prod(grid) if keep is None else keep.shape[1]) :]  # without register tokens
         count = tokens.shape[1]
         chosen = (torch.arange(min(count, max(2, self.per_step // len(tokens))), device=x.device) * _stride(count) + self.step) % count
         patches = tokens[:, chosen].float()

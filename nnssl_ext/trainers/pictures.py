@@ -38,7 +38,8 @@ def draw_run(trainer: SSLTrainer, batch: Batch, path: Path) -> None:
     backbone = trainer.transferred()
     with torch.no_grad(), evaluating(trainer.model, backbone):
         rows = [dict(row) for row in trainer.picture(batch) or view_rows(batch)]
-        view = next((v for v in batch.values() if v.image.shape[2:] == tuple(trainer.config_plan.patch_size)), None)
+        shape = (backbone.channels, *trainer.config_plan.patch_size)
+        view = next((v for v in batch.values() if v.image.shape[1:] == shape), None)
         if view is not None and "pyramid" in backbone.supports:
             level = feature_level(backbone)
             colours = pca_rgb(backbone.pyramid(view.image[: len(rows)])[level].float())

@@ -65,22 +65,34 @@ class PrimusBackbone(Backbone):
         check_divisible(size, self.token, "token size", "input size", f"{self.family} backbone")
         return tuple(edge // t for edge, t in zip(size, self.token))
 
-    def tokens(self, x: Tensor, keep: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None, *, registers: bool = False) -> Tensor:
+    def tokens(
+        self,
+        x: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        *,
+        placeless: Tensor | None = None,
+        registers: bool = False,
+    ) -> Tensor:
         """Token features (B, N, C) of an input of any size that the token divides.
 
         Args:
-            x: (B, channels, z, y, x).
+            x: (B, channels, z, y, x); or tokens that are embedded already, (B, K, C), which lie at the places `keep` of the
+                planned grid, some of them perhaps at the same one.
             keep: (B, K) indices; only these tokens are read and encoded, the result is (B, K, C). Not together with `mask`.
             mask: (B, N) bool, which tokens are hidden: their voxels have no influence.
             mask_token: (C,), what stands for a hidden token; its position is added as to any other.
+            placeless: (1 or B, G, C), further tokens without a position; they come before all others, also in the result.
             registers: whether the register tokens come along, before all others.
 
         Raises:
             UserError: an axis that the token does not divide.
         """
         assert keep is None or mask is None
-        eva, grid = self.net.eva, self.grid_of(x.shape[2:])
-        features, rotary, extra = self._embed(x, keep, mask), self._rotary(grid), self.net.register_tokens
+        embedded = x.ndim == 3
+        eva, grid = self.net.eva, self.grid if embedded else self.grid_of(x.shape[2:])
+        features, rotary, extra = x if embedded else self._embed(x, keep, mask), self._rotary(grid), self.net.register_tokens
         if mask is not None and mask_token is not None:
             features = torch.where(mask[..., None], mask_token.to(features.dtype), features)
         if eva.pos_embed is not None:
@@ -88,10 +100,13 @@ class PrimusBackbone(Backbone):
             positions = resize_positions(positions, self.grid, grid)
             features = features + (positions if keep is None else gather(positions.expand(len(x), -1, -1), keep))
             extra = None if extra is None else extra + first
-        if extra is not None:
-            features = torch.cat((extra.expand(len(x), -1, -1), features), 1)
         if keep is not None and rotary is not None:
             rotary = rotary[keep].unsqueeze(1)
+        if placeless is not None:
+            features = torch.cat((placeless.to(features.dtype).expand(len(x), -1, -1), features), 1)
+            rotary = None if rotary is None else _unturned(rotary, placeless.shape[1])
+        if extra is not None:
+            features = torch.cat((extra.expand(len(x), -1, -1), features), 1)
         features = eva.pos_drop(features)
         for block in eva.blocks:
             features = block(features, rope=rotary)
@@ -139,3 +154,9 @@ class PrimusBackbone(Backbone):
                 other = type(rope)(rope.dim, in_pixels=False, feat_shape=grid, ref_feat_shape=grid, **(self.kwargs.get("rope_kwargs") or {}))
                 self._tables[key] = other.get_embed().to(planned)
         return self._tables[key]
+
+
+def _unturned(rotary: Tensor, count: int) -> Tensor:
+    """Sines and cosines (..., N, 2 D) with those of `count` tokens before them that are not turned: 0 and 1."""
+    sine = rotary.new_zeros((*rotary.shape[:-2], count, rotary.shape[-1] // 2))
+    return torch.cat((torch.cat((sine, sine + 1), -1), rotary), -2)
