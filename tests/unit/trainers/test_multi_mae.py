@@ -153,3 +153,15 @@ def test_health_figures_are_those_of_visible_tokens_at_their_places(tmp_path):
     (places,), (pooled,) = trainer.health.vectors["positions"], trainer.health.vectors["pooled"]
     visible = {tuple(place) for view in batch.values() for place in (~view.mask).nonzero()[:, 1:].tolist()}
     assert {tuple(place) for place in places.int().tolist()} == visible and len(pooled) == 4
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_halves_as_two_processes_compute_it(tmp_path):
+    trainer = prepared(tmp_path, store=Lacking(), batch_size=4)
+    trainer.model.eval()
+    batch = batch_of(trainer, (0, 2, 4, 6))
+    halves = [
+        {name: dataclasses.replace(v, image=v.image[at], mask=v.mask[at], cases=v.cases[at]) for name, v in batch.items()} for at in (slice(2), slice(2, 4))
+    ]
+    whole, parts = trainer.step(trainer.model, batch), [trainer.step(trainer.model, half) for half in halves]
+    for name, loss in whole.items():
+        assert loss.item() == pytest.approx((parts[0][name].item() + parts[1][name].item()) / 2, rel=1e-5, abs=1e-6)
