@@ -30,7 +30,7 @@ def test_built_in_classes_are_found_by_name():
 
 
 def test_the_base_itself_and_imported_classes_are_not_listed():
-    assert set(all_classes(Backbone, PACKAGE)) == {"ResEncBackbone", "ResEncSlicesBackbone", "PrimusBackbone", "PrimusV2Backbone"}
+    assert set(all_classes(Backbone, PACKAGE)) == {"ResEncBackbone", "ResEncSlicesBackbone", "PrimusBackbone", "PrimusV2Backbone", "SegFormer3DBackbone"}
 
 
 def test_a_misspelt_name_gets_the_closest_one():
