@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_handoff_options(arguments)
     arguments.add_argument("-f", default="0", choices=("0", "1", "2", "3", "4", "all"), help="fold (default: %(default)s)")
-    arguments.add_argument("-tr", metavar="TRAINER", help="nnU-Net trainer (default: nnsslResEncTrainer or nnsslPrimusTrainer; add _150ep or _short)")
+    arguments.add_argument(
+        "-tr", metavar="TRAINER", help="nnU-Net trainer (default: nnsslResEncTrainer, nnsslPrimusTrainer or nnsslSegFormerTrainer; add _150ep or _short)"
+    )
     arguments.add_argument("-device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     arguments.add_argument("-num_gpus", type=common.at_least_one, default=1, metavar="N", help="graphics cards for the training (default: %(default)s)")
     arguments.add_argument("--plan_only", action="store_true", help="write plan and weights, print the commands, run nothing more")

@@ -22,7 +22,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("dataset", help="dataset ID or name")
     result.add_argument("configuration", help="configuration of the plan, such as 3d_fullres")
     result.add_argument("-tr", metavar="TRAINER", nargs="+", default=["MAETrainer"], help="method (default: MAETrainer); with --slurm also several")
-    result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc, primus or primus_v2 (default: the method's own)")
+    result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc, primus, primus_v2 or segformer3d (default: the method's own)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
     help_init = "start from the weights of an earlier checkpoint: all of them where the method is the same, else the backbone's"
