@@ -266,7 +266,7 @@ def test_a_fresh_backbone_with_the_weights_that_are_handed_over_computes_the_sam
 
 def test_decoders_are_handed_over_where_the_source_does_it():
     handing = {name for name, cls in registered().items() if cls.trains_decoder and cls.transfers_decoder}
-    assert handing == {f"{name}Trainer" for name in ("GVSL", "MAE", "ModelsGenesis", "PixelCluster", "SimMIM", "VolumeFusion")}
+    assert handing == {f"{name}Trainer" for name in ("BilateralDenseContrast", "GVSL", "MAE", "ModelsGenesis", "PixelCluster", "SimMIM", "VolumeFusion")}
 
 
 @pytest.mark.parametrize("family", ["resenc", "primus"])
