@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+
+from nnssl_ext.nn.cross_attention import Attention
 
 HEAD_WIDTH = 32  # channels per attention head; a narrower stage has one head
 EXPANSION = 4  # hidden channels of a feed-forward layer, in widths of its stage
@@ -125,7 +126,7 @@ class SegFormerBlock(nn.Module):
         return x_BNC + self.mlp(self.norm2(x_BNC), shape)
 
 
-class EfficientAttention(nn.Module):
+class EfficientAttention(Attention):
     """Self-attention of all cells to keys and values on a coarser grid, which a strided convolution makes; plain attention where nothing is reduced.
 
     Args:
@@ -135,20 +136,14 @@ class EfficientAttention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, reduction: Sequence[int]) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        super().__init__(width, heads)
         self.reduce: nn.Module | None = None
         if max(reduction) > 1:
             self.reduce, self.norm = nn.Conv3d(width, width, tuple(reduction), tuple(reduction)), nn.LayerNorm(width)  # type: ignore[arg-type]
 
-    def forward(self, x_BNC: Tensor, shape: Sequence[int]) -> Tensor:
+    def forward(self, x_BNC: Tensor, shape: Sequence[int]) -> Tensor:  # type: ignore[override]
         """(B, N, C) of cells whose map has `shape` (z, y, x)."""
-        x_BMC = x_BNC if self.reduce is None else self.norm(cells(self.reduce(volume(x_BNC, shape))))
-        q = rearrange(self.q(x_BNC), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv(x_BMC), "b m (two h d) -> two b h m d", two=2, h=self.heads).unbind(0)
-        mixed: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-        return mixed
+        return super().forward(x_BNC, x_BNC if self.reduce is None else self.norm(cells(self.reduce(volume(x_BNC, shape)))))
 
 
 class MixFFN(nn.Module):
