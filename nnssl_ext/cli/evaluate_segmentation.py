@@ -52,7 +52,7 @@ def _main(options: argparse.Namespace) -> None:
     rows = [
         {"method": folder.name, "case": case, "label": label, **figures} for folder, result in zip(folders, found) for (case, label), figures in result.items()
     ]
-    comparisons = compare(*found)
+    comparisons = compare(found[0], found[1] if options.compare else None)
     about = {"pred": str(options.pred), "ref": str(options.ref), "compare": options.compare and str(options.compare), "tolerance_mm": options.tolerance}
     table, record = write_results(options.out, rows, {**about, "comparisons": [_entry(one) for one in comparisons]})
     print(_table(comparisons))

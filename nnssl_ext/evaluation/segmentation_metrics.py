@@ -125,10 +125,9 @@ def _compared(ours: Figures, base: Figures | None, metric: str, label: int | Non
     if base is None:
         return Comparison(metric, label, bootstrap_mean(list(case_means(ours, metric, chosen).values()), seed))
     common = {key for key in ours if key in base and math.isfinite(ours[key][metric]) and math.isfinite(base[key][metric])}
-    sides = [case_means({key: figures[key] for key in ours if key in common}, metric, chosen) for figures in (ours, base)]
-    means = [bootstrap_mean(list(side.values()), seed) for side in sides]
-    gain = paired_difference(*sides, seed=seed) if sides[0] else Estimate(math.nan, math.nan, math.nan, 0)
-    return Comparison(metric, label, *means, gain)
+    one, other = (case_means({key: figures[key] for key in ours if key in common}, metric, chosen) for figures in (ours, base))
+    gain = paired_difference(one, other, seed) if one else Estimate(math.nan, math.nan, math.nan, 0)
+    return Comparison(metric, label, bootstrap_mean(list(one.values()), seed), bootstrap_mean(list(other.values()), seed), gain)
 
 
 def case_means(figures: Mapping[tuple[str, int], Mapping[str, float]], metric: str, labels: Sequence[int]) -> dict[str, float]:
