@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-from nnssl_ext.core.plan import NetworkPlan
+from nnssl_ext.core.plan import NetworkPlan, Plan
 from nnssl_ext.finetuning.commands import hand_off
 from nnssl_ext.finetuning.plans import PlanOptions
 from nnssl_ext.finetuning.pretrained import Pretrained
@@ -36,6 +36,7 @@ def make_checkpoint(
     size: str | None = None,
     modality: str = "CT",
     registers: int = 0,
+    plan: Plan | None = None,
 ) -> Path:
     """A checkpoint with random weights of a tiny backbone (patch 32x32x32, spacing 3 mm).
 
@@ -48,8 +49,9 @@ def make_checkpoint(
         size: of a Primus, such as "S"; default: the plan's.
         modality: of the pretraining images.
         registers: register tokens of a Primus.
+        plan: of the pretraining, in place of that one.
     """
-    plan = make_plan(channels=channels, modality=modality)
+    plan = plan or make_plan(channels=channels, modality=modality)
     config = plan.configuration(configuration)
     if size is not None:
         network: NetworkPlan = primus_network((3.0, 3.0, 3.0), config.patch_size, size, 4.0, 2)

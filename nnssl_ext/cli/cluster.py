@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import SOME_FAILED, at_least_one, parser, run
+from nnssl_ext.cli.common import SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
 from nnssl_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-k", metavar="K", type=at_least_one, help="fit: number of clusters (default: 10)")
     result.add_argument("-upsampling", choices=UPSAMPLING, help="fit: how features of cells become those of voxels (default: trilinear)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
-    result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
+    add_device(result)
     return result
 
 
@@ -98,14 +98,9 @@ def _pretrained(path: Path) -> Pretrained:
 
 
 def _extractor(pretrained: Pretrained, options: argparse.Namespace, window: tuple[int, ...] | None = None, overlap: float = 0.5) -> Extractor:
-    import torch
-
     from nnssl_ext.evaluation.features import Extractor
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
-    return Extractor.load(pretrained, window, overlap, device=device)
+    return Extractor.load(pretrained, window, overlap, device=chosen_device(options))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nnssl_ext import __version__
@@ -125,6 +126,28 @@ def add_planning(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     arguments.add_argument("-pl", metavar="PLANNER", default="Planner", help="planner class, built-in or from $nnssl_extPath (default: %(default)s)")
     arguments.add_argument("-gpu_memory_target", metavar="GB", type=float, help="memory to plan for (default: the card's; 4 without one)")
+
+
+def add_device(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
+
+
+def chosen_device(options: argparse.Namespace) -> str:
+    """What the option of `add_device` says.
+
+    Raises:
+        UserError: CUDA is wanted and there is none.
+    """
+    import torch
+
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    return device
+
+
+def add_results(arguments: argparse.ArgumentParser, each: str) -> None:
+    arguments.add_argument("-out", metavar="FILE", type=Path, help=f"also write FILE.csv ({each}) and FILE.json (summary)")
 
 
 def at_least_one(text: str) -> int:

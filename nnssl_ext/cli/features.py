@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnssl_ext.cli.common import SOME_FAILED, at_least_one, parser, run
+from nnssl_ext.cli.common import SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     help_dtype = "number format of features in npz files; components and NIfTI are float32 (default: %(default)s)"
     result.add_argument("-dtype", choices=("float16", "float32"), default="float16", help=help_dtype)
     result.add_argument("-modality", metavar="M", nargs="+", default=[], help="modality of each channel, where the plan knows several and no index tells")
-    result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
+    add_device(result)
     return result
 
 
@@ -37,16 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    import torch
-
-    from nnssl_ext.core.errors import UserError
     from nnssl_ext.evaluation.feature_files import FeatureWriter, find_cases
     from nnssl_ext.evaluation.features import Extractor
     from nnssl_ext.finetuning.pretrained import Pretrained
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    device = chosen_device(options)
     pretrained = Pretrained.load(options.ckpt)
     cases = find_cases(options.i, pretrained, options.modality)
     extractor = Extractor.load(pretrained, options.size and tuple(options.size), options.overlap, options.zoom, device)

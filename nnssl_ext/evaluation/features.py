@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry, box_slices
+from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.preprocessing.normalize import percentiles
@@ -99,6 +100,13 @@ class Extractor:
         if lost:
             raise UserError(f"tensors of checkpoint and network don't fit each other: {', '.join(lost[:3])}", pretrained.path, "give another checkpoint")
         return Extractor(backbone, window, overlap, zoom, device)
+
+    @staticmethod
+    def untrained(pretrained: Pretrained, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
+        """An extractor with the checkpoint's network before any training, for comparison; `seed` draws its weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(seed, 0, "init"))
+            return Extractor(pretrained.backbone(pretrained.channels, pretrained.patch_size), device=device)
 
     @property
     def size(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ from nnssl_ext.io.index import read_index
 from nnssl_ext.io.readers import read_volume
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.health import normalized
-from nnssl_ext.preprocessing.preprocessor import Preprocessor, load, same_grid
+from nnssl_ext.preprocessing.preprocessor import Finished, Preprocessor, load, same_grid
 from nnssl_ext.trainers.pictures import feature_level
 
 TRAINING, TEST = 16, 8  # cases, at most
@@ -110,7 +110,7 @@ def find_probe(dataset: str, plan: Plan, configuration: str) -> Callable[[], Pro
     """
     config, folder = plan.configuration(configuration), dataset_folder(dataset)
     training, test = split(labelled_cases(folder, plan, config))
-    ignore = _ignored(folder)
+    ignore = ignored_label(folder)
 
     def prepare() -> Probe:
         prepared = [[crop for number, case in enumerate(cases) for crop in crops_of(case, config, ignore, number)] for cases in (training, test)]
@@ -139,7 +139,7 @@ def labelled_cases(folder: Path, plan: Plan, config: ConfigPlan) -> list[Labelle
     Raises:
         UserError: there is none, or they have other channels than the pretraining.
     """
-    found = [(case, path) for case in read_index(folder) if (path := _label_file(case.images[0])).is_file()]
+    found = [(case, path) for case in read_index(folder) if (path := label_file(case.images[0])).is_file()]
     if not found:
         raise UserError("the dataset has no label maps", folder / "labelsTr", "probe with a dataset in nnU-Net's raw format, labels in labelsTr")
     modalities = found[0][0].modalities
@@ -179,12 +179,7 @@ def crops_of(pair: LabelledCase, config: ConfigPlan, ignore: int | None, number:
     Raises:
         UserError: unreadable, or images and label map on different grids.
     """
-    case, path = pair
-    loaded, (labels, geometry) = load(case), read_volume(path, constant=True)
-    if not same_grid(loaded.geometry, geometry):
-        raise UserError("the label map isn't on the grid of its image", path, "resample it, or take the case out of the dataset")
-    labels = np.where(labels == ignore, OUTSIDE, labels).astype(np.int16)
-    finished = Preprocessor(config).finish(replace(loaded, masks={"labels": labels}).cropped())
+    finished = labelled_volume(pair, config, ignore)
     short = [max(0, size - n) for size, n in zip(config.patch_size, finished.array.shape[1:])]
     edges = [(n // 2, n - n // 2) for n in short]
     image = np.stack([np.pad(channel, edges, constant_values=value) for channel, value in zip(finished.array, finished.info["fill"])])
@@ -199,6 +194,20 @@ def crops_of(pair: LabelledCase, config: ConfigPlan, ignore: int | None, number:
         inside = box_slices(tuple((start, start + size) for start, size in zip(starts, config.patch_size)))
         crops.append(LabelledCrop(image[inside].copy(), labels[inside[1:]].copy()))
     return crops
+
+
+def labelled_volume(pair: LabelledCase, config: ConfigPlan, ignore: int | None) -> Finished:
+    """A preprocessed case; its mask "labels" (z, y, x) int16 holds the labels, OUTSIDE where they don't count.
+
+    Raises:
+        UserError: unreadable, or images and label map on different grids.
+    """
+    case, path = pair
+    loaded, (labels, geometry) = load(case), read_volume(path, constant=True)
+    if not same_grid(loaded.geometry, geometry):
+        raise UserError("the label map isn't on the grid of its image", path, "resample it, or take the case out of the dataset")
+    labels = np.where(labels == ignore, OUTSIDE, labels).astype(np.int16)
+    return Preprocessor(config).finish(replace(loaded, masks={"labels": labels}).cropped())
 
 
 def cell_labels(labels: np.ndarray, strides: Sequence[int]) -> np.ndarray:
@@ -267,13 +276,13 @@ def mean_dice(predicted_m: Tensor, labels_m: Tensor) -> float:
     return float(np.mean([2 * int(common) / int(total) for total, common in sizes])) if classes else math.nan
 
 
-def _label_file(image: Path) -> Path:
+def label_file(image: Path, folder: str = "labelsTr") -> Path:
     """labelsTr/CASE.nii.gz for imagesTr/CASE_0000.nii.gz."""
     name = stem(image.name)
-    return image.parent.parent / "labelsTr" / (re.sub(r"_\d{4}$", "", name) + image.name.removeprefix(name))
+    return image.parent.parent / folder / (re.sub(r"_\d{4}$", "", name) + image.name.removeprefix(name))
 
 
-def _ignored(folder: Path) -> int | None:
+def ignored_label(folder: Path) -> int | None:
     """The label that dataset.json calls "ignore"."""
     file = folder / "dataset.json"
     content = read_json(file) if file.is_file() else {}
