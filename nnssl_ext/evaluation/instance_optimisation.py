@@ -19,8 +19,8 @@ def optimise(
 ) -> Tensor:
     """A displacement (1, 3, d, h, w), in cells, under which the features are alike and which is smooth.
 
-    It is that of control points after repeated means over windows, which makes it a spline. Minimised is the mean squared difference of the features, summed
-    over channels and over what the displacement doesn't lead out of the image, plus the regularisation times the sum over the axes of the mean squared difference of
+    It is that of control points after repeated means over windows, which makes it a spline. Minimised is the squared difference of the features, summed over
+    channels and averaged over the cells that stay in the image, plus the regularisation times the sum over the axes of the mean squared difference of
     neighbours (diffusion). The best displacement met on the way counts: Adam's steps are long however small the gradient is, and would lead away from a
     perfect start.
 
