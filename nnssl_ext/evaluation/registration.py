@@ -81,14 +81,13 @@ def register_features(fixed: Tensor, moving: Tensor, settings: Settings = PRESET
     grids = LegacyGrids() if settings.legacy else ControlGrids()
     scale = settings.scale * (COMPONENTS / len(fixed)) ** 0.5
     with torch.no_grad():
-        pair = [wide(features)[None] * scale for features in (fixed, moving)]
-        coarse = convex_registration(*(grids.pool(features, settings.step) for features in pair), settings.reach, grids)
+        a, b = (wide(features)[None] * scale for features in (fixed, moving))
+        coarse = convex_registration(grids.pool(a, settings.step), grids.pool(b, settings.step), settings.reach, grids)
         displacement = grids.enlarge(coarse, settings.step, shape)
         if settings.iterations:
             start, step = grids.reduce(displacement, settings.adam_step), settings.adam_step
-            pooled = [grids.pool(features, step) for features in pair]
             how = settings.iterations, settings.lr, settings.regularisation, settings.window, settings.passes
-            displacement = grids.enlarge(optimise(*pooled, start, grids, *how), step, shape)
+            displacement = grids.enlarge(optimise(grids.pool(a, step), grids.pool(b, step), start, grids, *how), step, shape)
     return displacement[0]
 
 

@@ -83,7 +83,7 @@ class RegistrationRun:
         _write_csv(self.folder / "results.csv", ("pair", "features", *METRICS), rows)
         _write_csv(self.folder / "labels.csv", ("pair", "features", "label", *METRICS[:3]), labels)
         pretrained = self.describe.pretrained
-        about = {"checkpoint": pretrained and str(pretrained.path), "identity": pretrained and pretrained.identity, "nnssl_ext": __version__}
+        about: Row = {"checkpoint": pretrained and str(pretrained.path), "identity": pretrained and pretrained.identity, "nnssl_ext": __version__}
         about |= {"settings": asdict(self.settings), "settings_mind": asdict(self.mind), "spacing_mm": self.spacing, "failed": failed}
         write_json(self.folder / "results.json", _finite({**about, "means": means, "pairs": rows, "labels": labels}))
         return means, failed

@@ -47,7 +47,6 @@ def error(found, true):
 def test_equal_images_stay_where_they_are(settings):
     image = texture((24, 26, 28))
     for features in (image[None], mind_ssc(image)):
-        print(float(register_features(features, features, settings).abs().max()))
         assert register_features(features, features, settings).abs().max() < 0.1
 
 
