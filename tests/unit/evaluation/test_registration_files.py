@@ -74,7 +74,6 @@ def test_an_image_that_lies_elsewhere_in_the_world_is_found_there(folder, tmp_pa
     assert command.main([*map(str, arguments)]) == 0
     field = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "pair" / "mind" / "disp.nii.gz")))
     found = np.median(field[8:-8, 8:-8, 8:-8], (0, 1, 2))
-    print(found)
     np.testing.assert_allclose(found, offset, atol=0.5)
 
 
