@@ -173,28 +173,33 @@ class FeatureWriter:
         return [float(share) for share in fitted.explained]
 
     def _extract(self, case: Case) -> tuple[FeatureMap, np.ndarray]:
-        """Features of a case and which cells are body, bool (d, h, w); draws its picture.
-
-        Raises:
-            UserError: unreadable or other images than the network takes.
-        """
-        if len(case.images) != self.pretrained.channels:
-            what = f"the case has {len(case.images)} image(s), the network takes {self.pretrained.channels} channel(s)"
-            raise UserError(what, case.images[0], "name the channels CASE_0000, CASE_0001, ..., or use another checkpoint")
-        loaded = load(case).cropped()
-        finished = Preprocessor(self.pretrained.config).finish(loaded)
-        geometry = Geometry.from_dict(finished.info["stored"])
-        found = self.extractor.features(finished.array, geometry, finished.info["fill"])
-        if not np.isfinite(found.values).all():
-            raise UserError("the features hold NaN or infinity", case.images[0], "look at the image, or use another checkpoint")
-        body = loaded.body[np.ix_(*(_nearest(n, extent, old) for n, extent, old in zip(found.geometry.shape, _extents(found, geometry), loaded.body.shape)))]
-        body = body if body.any() else np.ones_like(body)
-        draw(self.folder / f"{case.identifier}.png", finished.array[0], geometry, found, body)
+        """Features of a case and which cells are body, bool (d, h, w); draws its picture."""
+        found, body, image, geometry = extract(case, self.pretrained, self.extractor)
+        draw(self.folder / f"{case.identifier}.png", image, geometry, found, body)
         return found, body
 
     def _write(self, name: str, found: FeatureMap, dtype: str) -> None:
         path = self.folder / (name + FORMATS[self.form])
         write_nifti(path, found) if self.form == "nifti" else write_npz(path, found, dtype)
+
+
+def extract(case: Case, pretrained: Pretrained, extractor: Extractor) -> tuple[FeatureMap, np.ndarray, np.ndarray, Geometry]:
+    """The features of a case, preprocessed as for the pretraining; which cells are body, bool (d, h, w); the first channel's voxels and where they lie.
+
+    Raises:
+        UserError: unreadable or other images than the network takes.
+    """
+    if len(case.images) != pretrained.channels:
+        what = f"the case has {len(case.images)} image(s), the network takes {pretrained.channels} channel(s)"
+        raise UserError(what, case.images[0], "name the channels CASE_0000, CASE_0001, ..., or use another checkpoint")
+    loaded = load(case).cropped()
+    finished = Preprocessor(pretrained.config).finish(loaded)
+    geometry = Geometry.from_dict(finished.info["stored"])
+    found = extractor.features(finished.array, geometry, finished.info["fill"])
+    if not np.isfinite(found.values).all():
+        raise UserError("the features hold NaN or infinity", case.images[0], "look at the image, or use another checkpoint")
+    body = loaded.body[np.ix_(*(_nearest(n, extent, old) for n, extent, old in zip(found.geometry.shape, _extents(found, geometry), loaded.body.shape)))]
+    return found, body if body.any() else np.ones_like(body), finished.array[0], geometry
 
 
 def _extents(found: FeatureMap, geometry: Geometry) -> list[float]:
