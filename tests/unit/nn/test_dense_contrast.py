@@ -133,7 +133,7 @@ class Ramps(nn.Module):
         return layer(maps[0].repeat(1, self.decoded // 3, 1, 1, 1))
 
 
-@pytest.mark.parametrize("supports", [{"pyramid"}, {"pyramid", "decoder"}], ids=str)
+@pytest.mark.parametrize("supports", [{"pyramid"}, {"pyramid", "decoder"}], ids=len)
 def test_features_are_read_at_the_same_place_of_every_map(supports):
     ramp = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (16, 24, 32)), indexing="ij"))[None]
     places, seen = torch.rand(1, 30, 3) * torch.tensor([12, 20, 28.0]) + 1.5, []
