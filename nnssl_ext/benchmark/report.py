@@ -128,7 +128,7 @@ def _counts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Tiles of the head."""
     done = [run for run in runs if not run.error]
     cases = {(run.dataset, case) for run in done if run.kind == "segmentation" for case in run.cases}
-    found = {
+    found: dict[str, set[Any]] = {
         "methods": {run.method for run in done if run.role == "method"},
         "backbone families": {run.family for run in done if run.family},
         "pretraining seeds": {run.pretrain_seed for run in done if run.pretrain_seed is not None},

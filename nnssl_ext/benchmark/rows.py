@@ -25,7 +25,7 @@ def rows_of(kind: str, runs: Sequence[Run]) -> list[Row]:
     """A row for every method and setting, in the order of the settings."""
     grouped: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        grouped[(*run.setting(), run.role, run.method)].append(run)
+        grouped[run.setting() + (run.role, run.method)].append(run)
     rows = [_row(kind, own, _reference(kind, own[0], list(grouped.values()))) for own in grouped.values()]
     return [{"id": f"{kind}-{place}", **row} for place, row in enumerate(rows, 1)]
 
@@ -123,7 +123,7 @@ def _mean(runs: Sequence[Run], name: str, label: str | None = None) -> Estimate:
         return bootstrap_mean(list(_seeds_mean(of_cases).values()))
     known = [run for run in runs if name in run.figures]
     if len(known) == 1 and isinstance(value := known[0].figures[name], Mapping):
-        return Estimate(*(number(value.get(key)) for key in ("mean", "low", "high")), int(value.get("count") or 0))
+        return Estimate(number(value.get("mean")), number(value.get("low")), number(value.get("high")), int(value.get("count") or 0))
     return over_seeds(_numbered([_value(run, name) for run in known]))
 
 
