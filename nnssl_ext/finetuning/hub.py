@@ -12,7 +12,7 @@ from nnssl_ext.core.files import read_json
 from nnssl_ext.finetuning.model_card import UNKNOWN, model_card
 from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.trainers.checkpoint import load_checkpoint
-from nnssl_ext.trainers.model_folder import ABOUT, about_model, hub, refused, repository, write_model
+from nnssl_ext.trainers.model_folder import ABOUT, PRETRAINING, about_model, hub, refused, repository, transport, write_model
 
 CURVES, VIEWS = "progress.png", "views.png"
 _LARGEST = 2_000_000  # bytes of a picture
@@ -82,8 +82,11 @@ def _upload(folder: Path, name: str, revision: str | None) -> str:
         address = str(api.create_repo(name, private=True, exist_ok=True, repo_type="model"))
         if api.file_exists(name, ABOUT, revision=revision):
             _check_ours(Path(api.hf_hub_download(name, ABOUT, revision=revision)), where)
-        api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Model of nnssl_ext", repo_type="model")
-    except (OSError, ValueError, package.errors.HfHubHTTPError) as error:
+        former = [CURVES, VIEWS, PRETRAINING]  # of an earlier upload; what is uploaded now stays
+        api.upload_folder(
+            repo_id=name, folder_path=folder, revision=revision, commit_message="Model of nnssl_ext", repo_type="model", delete_patterns=former
+        )
+    except (OSError, ValueError, package.errors.HfHubHTTPError, *transport()) as error:
         raise refused(error, where, "upload") from None
     return address
 

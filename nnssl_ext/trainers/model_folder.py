@@ -25,8 +25,8 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path, read_json, sha256_file, write_json
 
 FORMAT, FORMAT_VERSION = "nnssl_ext model", 1
-ABOUT, MODEL = "config.json", "model.safetensors"
-_WEIGHTS = {"network_weights": MODEL, "ssl_state": "pretraining.safetensors"}  # files by the fields of a checkpoint
+ABOUT, MODEL, PRETRAINING = "config.json", "model.safetensors", "pretraining.safetensors"
+_WEIGHTS = {"network_weights": MODEL, "ssl_state": PRETRAINING}  # files by the fields of a checkpoint
 _KEPT = ("format_version", "trainer_name", "family", "configuration", "transfer", "nnssl_adaptation_plan", "citations")
 _KEPT += ("config", "plan", "versions", "data_hash", "step", "init")
 _REPOSITORY = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")  # `Path` makes one slash of two
@@ -76,7 +76,7 @@ def locate(given: Path | str) -> Path:
     api = hub()
     try:
         return Path(api.snapshot_download(name, revision=revision, allow_patterns=[ABOUT, *_WEIGHTS.values()]))
-    except (OSError, ValueError, api.errors.HfHubHTTPError, *_transport()) as error:
+    except (OSError, ValueError, api.errors.HfHubHTTPError, *transport()) as error:
         raise refused(error, f"hf://{name}", "download") from None
 
 
@@ -112,7 +112,7 @@ def hub() -> Any:
         raise UserError("hf:// needs the package huggingface_hub", "", "pip install huggingface_hub") from None
 
 
-def _transport() -> tuple[type[Exception], ...]:
+def transport() -> tuple[type[Exception], ...]:
     """The errors of the connection itself; those of `requests`, in earlier versions of huggingface_hub, are `OSError`s."""
     try:
         return (importlib.import_module("httpx").HTTPError,)

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -210,6 +211,15 @@ def test_another_ones_model_on_the_hub_is_not_replaced(shared, fake_hub):
     with pytest.raises(UserError, match="not one of nnssl_ext"):
         share(shared[0], "hf://lab/bert")
     assert not any(call[0] == "upload" for call in fake_hub.calls)
+
+
+def test_an_upload_without_a_connection_is_one_sentence(shared, fake_hub, monkeypatch, capsys):
+    def offline(self, name, **options):
+        raise httpx.ConnectError("no route to host")
+
+    monkeypatch.setattr(fake_hub, "create_repo", offline)
+    assert export.main(["-ckpt", str(shared[0]), "--hub", "hf://lab/mae"]) == 2
+    assert "could not upload the model: no route to host" in capsys.readouterr().err
 
 
 def test_what_cannot_be_downloaded_is_said_in_one_sentence(fake_hub):
