@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from nnssl_ext.finetuning.commands import Handoff
 
 
+MODES = ("full", "encoder", "frozen", "adapter", "mlp", "linear")
+
+
 def add_handoff_options(arguments: argparse.ArgumentParser, dataset: bool = True) -> None:
     """Options that `nnssl_export` and `nnssl_finetune` share; whether the dataset has to be given."""
     arguments.add_argument("-ckpt", required=True, type=Path, metavar="CHECKPOINT", help=common.CHECKPOINT_HELP)
@@ -26,9 +29,10 @@ def add_handoff_options(arguments: argparse.ArgumentParser, dataset: bool = True
     arguments.add_argument("-patch_size", nargs="+", type=common.at_least_one, metavar="N", help=help_patch)
     arguments.add_argument("-batch_size", type=common.at_least_one, metavar="N", help="default: the pretraining's, at least 2")
     help_mode = (
-        "full hands over all that was pretrained, encoder only the encoder; frozen leaves that untrained, linear trains linear maps of its features alone"
+        "full hands over all that was pretrained, encoder only the encoder; the others leave that untrained under the network's own decoder (frozen), "
+        "upsampling layers (adapter; Primus), an all-MLP decoder (mlp) or linear maps of its features (linear)"
     )
-    arguments.add_argument("-mode", choices=("full", "encoder", "frozen", "linear"), default="full", help=help_mode + " (default: %(default)s)")
+    arguments.add_argument("-mode", choices=MODES, default="full", help=help_mode + " (default: %(default)s)")
     cases = arguments.add_mutually_exclusive_group()
     help_n = "train on N of the fold's labelled cases; fewer always lie within more (default: all)"
     cases.add_argument("-n", type=common.at_least_one, metavar="N", dest="cases", help=help_n)
