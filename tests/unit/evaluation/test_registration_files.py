@@ -19,6 +19,7 @@ from nnssl_ext.evaluation.registration_pairs import read_keypoints, read_pairs
 from tests.make_nnunet import make_checkpoint
 
 EDGE, SPACING = 32, (4.0, 3.0, 3.0)
+TRUE = (2.0, -3.0, 6.0)  # mm in the world: a displacement to compare with, 7 mm everywhere
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -42,11 +43,11 @@ def folder(tmp_path_factory):
         write(folder / f"{name}_mask.nii.gz", phantom.body.astype(np.uint8))
         points = [image.TransformContinuousIndexToPhysicalPoint((mm / SPACING)[::-1].tolist()) for mm in pair.landmarks[:, number]]
         (folder / f"{name}.csv").write_text("x,y,z\n" + "\n".join(",".join(map(str, point)) for point in points), encoding="utf-8")
-    field = SimpleITK.GetImageFromArray(np.zeros((*pair.displacement.shape[1:], 3)), isVector=True)
+    field = SimpleITK.GetImageFromArray(np.broadcast_to(TRUE, (EDGE, EDGE, EDGE, 3)).copy(), isVector=True)
     field.CopyInformation(image)
-    SimpleITK.WriteImage(field, str(folder / "still.nii.gz"))
+    SimpleITK.WriteImage(field, str(folder / "true.nii.gz"))
     both = {"labels": ["a_labels.nii.gz", "b_labels.nii.gz"], "masks": ["a_mask.nii.gz", "b_mask.nii.gz"], "keypoints": ["a.csv", "b.csv"]}
-    (folder / "pairs.json").write_text(json.dumps([{"fixed": "a.nii.gz", "moving": "b.nii.gz", "field": "still.nii.gz", **both}]), encoding="utf-8")
+    (folder / "pairs.json").write_text(json.dumps([{"fixed": "a.nii.gz", "moving": "b.nii.gz", "field": "true.nii.gz", **both}]), encoding="utf-8")
     make_checkpoint(folder / "c.pth", "primus")
     return folder
 
@@ -63,7 +64,7 @@ def test_the_table_has_every_kind_of_features_and_every_metric(folder, results):
     assert [row["features"] for row in results["means"]] == [row["features"] for row in results["pairs"]] == kinds
     assert all(row[metric] is not None for row in results["pairs"] for metric in ("dice", "hd95_mm", "assd_mm", "tre_mm", "sd_log_j", "folded"))
     initial, mind = results["pairs"][:2]
-    assert initial["epe_mm"] == 0 < mind["epe_mm"] and initial["memory_gb"] is None and 0.05 < mind["memory_gb"] < 64 and mind["cpu_seconds"] > 0
+    assert initial["epe_mm"] == pytest.approx(7) and initial["memory_gb"] is None and 0.05 < mind["memory_gb"] < 64 and mind["cpu_seconds"] > 0
     assert initial["sd_log_j"] == initial["folded"] == 0 and initial["seconds"] is None and mind["seconds"] > 0
     with open(folder / "out" / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -75,13 +76,13 @@ def test_the_table_has_every_kind_of_features_and_every_metric(folder, results):
 def test_the_mean_error_is_the_distance_from_the_true_displacement(folder, results):
     field = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "out" / "a_b" / "mind" / "disp.nii.gz")))
     mask = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "a_mask.nii.gz"))) > 0
-    assert results["pairs"][1]["epe_mm"] == pytest.approx(np.linalg.norm(field[mask], axis=-1).mean(), rel=1e-5)
+    assert results["pairs"][1]["epe_mm"] == pytest.approx(np.linalg.norm(field[mask] - TRUE, axis=-1).mean(), rel=1e-5)
 
 
 def test_a_true_displacement_on_another_grid_is_refused(folder):
     geometry = Geometry((EDGE,) * 3, SPACING)
     with pytest.raises(UserError, match="isn't on the grid of the fixed image"):
-        read_field(folder / "still.nii.gz", geometry)
+        read_field(folder / "true.nii.gz", geometry)
     with pytest.raises(UserError, match="can't be read"):
         read_field(folder / "a.csv", geometry)
 
