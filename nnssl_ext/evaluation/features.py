@@ -102,11 +102,18 @@ class Extractor:
         return Extractor(backbone, window, overlap, zoom, device)
 
     @staticmethod
-    def untrained(pretrained: Pretrained, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
+    def untrained(
+        pretrained: Pretrained,
+        window: tuple[int, ...] | None = None,
+        overlap: float = 0.5,
+        zoom: float = 1.0,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> Extractor:
         """An extractor with the checkpoint's network before any training, for comparison; `seed` draws its weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, 0, "init"))
-            return Extractor(pretrained.backbone(pretrained.channels, pretrained.patch_size), device=device)
+            return Extractor(pretrained.backbone(pretrained.channels, pretrained.patch_size), window, overlap, zoom, device)
 
     @property
     def size(self) -> tuple[int, ...]:
