@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.common import PAIRED
 from benchmarks.learning.data import Data
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import baseline, trial
@@ -51,7 +52,8 @@ def study(out: Path, chosen: list[str] | None, seeds: list[int], lanes: int) -> 
         data.prepare(lanes)
         digest = data.digest()
         baselines = [baseline(family, seeds, digest) for family in dict.fromkeys(entry.family for entry in entries)]
-        trials = [trial(entry, seeds, digest) for entry in entries]
+        pairs = data.prepare_pairs(lanes) if any(entry.method in PAIRED for entry in entries) else None
+        trials = [trial(entry, seeds, digest, pairs) for entry in entries]
         first, second = ([one for one in trials if (one.entry.method in CLUSTERED) == later] for later in (False, True))
         errors = finish_all([chain for part in (*baselines, *first) for chain in part.chains()], out, lanes)
         errors += finish_all([chain for part in second for chain in part.chains()], out, lanes)  # goes on from the first ones
