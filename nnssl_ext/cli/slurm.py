@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nnssl_ext.benchmark.lanes import finish_all
+from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.cli import train
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.paths import RESULTS, root
@@ -85,27 +87,70 @@ def submit(options: argparse.Namespace) -> int:
     Raises:
         UserError: submitit or SLURM is missing, SLURM refuses, an unknown or impossible setting, or a mistake in one of the trainings.
     """
+    jobs = [_job(single) for single in _singles(options)]
+    submitted, cluster = _submitted(jobs, options.slurm, root(RESULTS) / "slurm_logs", lambda given: _resources(options, given))
+    _tell(submitted, jobs, cluster)
+    return 0
+
+
+def _submitted(jobs: Sequence[Any], texts: Sequence[str], logs: Path, resources: Callable[[dict[str, Any]], dict[str, Any]]) -> tuple[list[Any], str]:
+    """Submit a job array with the settings of the user and those that `resources` derives from them; submitit's jobs, and the cluster."""
     submitit = _submitit()
-    given = settings(options.slurm)
+    given = settings(texts)
     cluster = given.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise UserError(f"unknown cluster '{cluster}'", "option --slurm", "known: slurm, local (jobs on this machine, to try it out)")
-    jobs = [_job(single) for single in _singles(options)]
-    logs = root(RESULTS) / "slurm_logs"
     try:
         executor = submitit.AutoExecutor(logs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
     except RuntimeError:
         raise UserError("SLURM was not found (there is no srun)", "option --slurm", "submit from a machine of the cluster") from None
-    parameters = {**DEFAULTS, **_resources(options, given), **given}
+    parameters = {**DEFAULTS, **resources(given), **given}
     with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
         try:
             executor.update_parameters(**parameters)
             with redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
-                submitted = executor.submit_array(jobs)
+                return executor.submit_array(jobs), cluster
         except (ValueError, submitit.core.utils.FailedJobError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"the jobs were not accepted: {reason}", "option --slurm", "correct the settings, then submit again") from None
-    _tell(submitted, jobs, cluster)
+
+
+@dataclass(frozen=True)
+class ChainJob:
+    """Units of a benchmark one after the other: a pretraining and what follows it.
+
+    Args:
+        units: those that need others come after them.
+        out: the benchmark's folder.
+    """
+
+    units: tuple[Unit, ...]
+    out: Path
+
+    def __call__(self) -> list[str]:
+        """Finish them in a process of one thread; what went wrong."""
+        return finish_all(self.units, self.out, 1)
+
+    def checkpoint(self) -> Any:
+        """What the job does when it starts again; called by submitit."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def submit_chains(units: Sequence[Unit], out: Path, texts: Sequence[str], device: str, command: Sequence[str]) -> int:
+    """Submit the units of a benchmark, a job for each that needs no other and what needs it; raises what `submit` raises."""
+    chains: dict[str, list[Unit]] = {}
+    for unit in units:
+        first = unit
+        while first.needs is not None and first.needs in units:
+            first = first.needs
+        chains.setdefault(first.digest, []).append(unit)
+    jobs = [ChainJob(tuple(chain), out) for chain in chains.values()]
+    resources = {"tasks_per_node": 1, "cpus_per_task": 2 if device == "cpu" else 10, **({} if device == "cpu" else {"gpus_per_node": 1})}
+    submitted, cluster = _submitted(jobs, texts, out / "slurm_logs", lambda given: resources)
+    for job, own in zip(submitted, jobs):
+        print(f"job {job.job_id}: {', '.join(unit.name for unit in own.units)}\n  log: tail -F {job.task(0).paths.stdout}")
+    number = submitted[0].job_id.split("_")[0]
+    print(f"cancel: {'scancel ' + number if cluster == 'slurm' else 'kill JOB'}\nafterwards, for the report: nnssl_benchmark {shlex.join(command)}")
     return 0
 
 
