@@ -78,10 +78,10 @@ class _Grid:
         check_families(suite, self.config)
 
     def all(self) -> Iterator[Planned]:
-        for number, family in enumerate(dict.fromkeys(method.family for method in self.suite.methods)):
+        for number, family in enumerate(dict.fromkeys(method.family for method in self.suite.all_methods)):
             begins = [self._start(family, seed) for seed in range(self.suite.seeds)]
             yield from (Planned(unit, None) for unit in begins)
-            yield from self._controls(begins[0], family, registered=number == 0)
+            yield from self._controls(begins[0], family, first=number == 0)
             for seed, unit in enumerate(begins):
                 named = {"method": RANDOM, "family": family, "role": BASELINE, "pretrain_seed": None, "seed": seed}
                 yield from self._features(unit, named)
@@ -150,13 +150,13 @@ class _Grid:
             made = Unit(f"{kind}_{title}_{dataset.partition('_')[0]}_{named['seed']}", work, settings, unit, COSTS[kind])
             yield Planned(made, {"kind": kind, **named, "dataset": dataset, "mode": None, "labels": None})
 
-    def _controls(self, unit: Unit, family: str, registered: bool) -> Iterator[Planned]:
-        """Raw intensities in cells as large as the family's; MIND, intensities and no registration, which are the same for all families."""
+    def _controls(self, unit: Unit, family: str, first: bool) -> Iterator[Planned]:
+        """Raw intensities in cells as large as the family's; statistics of intensities, MIND and no registration, in which the family has no part."""
         for kind, work, dataset, more in self._judgements():
-            if kind != REGISTRATION or registered:
+            if kind == "probe" or first:
                 settings = {"data": self.digests[dataset], "dataset": dataset, "device": self.device, "controls": True, **more}
                 made = Unit(f"{kind}_controls_{family}_{dataset.partition('_')[0]}", work, settings, unit, COSTS[kind])
-                named = {"method": "raw intensities", "family": family, "role": BASELINE, "pretrain_seed": None, "seed": None}
+                named = {"method": "raw intensities", "family": family if kind == "probe" else None, "role": BASELINE, "pretrain_seed": None, "seed": None}
                 yield Planned(made, {"kind": kind, **named, "dataset": dataset, "mode": None, "labels": None})
 
     def _judgements(self) -> Iterator[tuple[str, Any, str, dict[str, Any]]]:

@@ -88,6 +88,8 @@ def registration(settings: dict[str, Any], folder: Path, given: Path | None) -> 
     if failed:
         raise UserError(f"{len(failed)} pairs can't be registered: {next(iter(failed.values()))}", raw / PAIRS, "mend or remove them")
     written = read_json(out / "results.json")
+    for volume in out.glob("*/*/*.nii.gz"):  # fields and warped images: large, and written again by nnssl_evaluate_registration
+        volume.unlink()
     return {"runs": [_registered(written, kind, folder) for kind in ((INITIAL, *kinds) if settings["controls"] else kinds)]}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
@@ -119,12 +121,34 @@ def _begin_lane() -> None:
 
 
 def _finish(unit: Unit, out: Path) -> tuple[float, str]:
-    """Seconds of a unit, and what went wrong, else ""."""
+    """Seconds of a unit, and what went wrong, else ""; what it and its child processes say goes to UNITS/NAME.txt, where that is anything."""
+    said = unit.folder(out).with_suffix(".txt")
+    with _said_to(said):
+        try:
+            return float(finish(unit, out)["seconds"]), ""
+        except Exception as error:
+            write_text(unit.folder(out) / "error.txt", traceback.format_exc())
+            return 0.0, f"{' '.join(str(error).split())[:200]} (see {unit.folder(out) / 'error.txt'})"
+
+
+@contextmanager
+def _said_to(file: Path) -> Iterator[None]:
+    """Standard output and error of this process and its children into a file, which is removed where it stays empty."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = [os.dup(number) for number in (1, 2)]
     try:
-        return float(finish(unit, out)["seconds"]), ""
-    except Exception as error:
-        write_text(unit.folder(out) / "error.txt", traceback.format_exc())
-        return 0.0, f"{' '.join(str(error).split())[:200]} (see {unit.folder(out) / 'error.txt'})"
+        with open(file, "wb") as taken:
+            for number in (1, 2):
+                os.dup2(taken.fileno(), number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, former in zip((1, 2), kept):
+            os.dup2(former, number)
+            os.close(former)
+        if not file.stat().st_size:
+            file.unlink()
 
 
 def _outcome(done: Future[tuple[float, str]]) -> tuple[float, str]:

@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
@@ -87,29 +87,34 @@ def submit(options: argparse.Namespace) -> int:
     Raises:
         UserError: submitit or SLURM is missing, SLURM refuses, an unknown or impossible setting, or a mistake in one of the trainings.
     """
+    given = settings(options.slurm)
+    cluster = _cluster(given)
     jobs = [_job(single) for single in _singles(options)]
-    submitted, cluster = _submitted(jobs, options.slurm, root(RESULTS) / "slurm_logs", lambda given: _resources(options, given))
+    submitted = _submitted(jobs, {**_resources(options, given), **given}, cluster, root(RESULTS) / "slurm_logs")
     _tell(submitted, jobs, cluster)
     return 0
 
 
-def _submitted(jobs: Sequence[Any], texts: Sequence[str], logs: Path, resources: Callable[[dict[str, Any]], dict[str, Any]]) -> tuple[list[Any], str]:
-    """Submit a job array with the settings of the user and those that `resources` derives from them; submitit's jobs, and the cluster."""
-    submitit = _submitit()
-    given = settings(texts)
-    cluster = given.pop("cluster", "slurm")
+def _cluster(given: dict[str, Any]) -> str:
+    """Takes the kind of cluster out of the settings."""
+    cluster: str = given.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise UserError(f"unknown cluster '{cluster}'", "option --slurm", "known: slurm, local (jobs on this machine, to try it out)")
+    return cluster
+
+
+def _submitted(jobs: Sequence[Any], parameters: dict[str, Any], cluster: str, logs: Path) -> list[Any]:
+    """A job array of submitit."""
+    submitit = _submitit()
     try:
         executor = submitit.AutoExecutor(logs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
     except RuntimeError:
         raise UserError("SLURM was not found (there is no srun)", "option --slurm", "submit from a machine of the cluster") from None
-    parameters = {**DEFAULTS, **resources(given), **given}
     with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
         try:
-            executor.update_parameters(**parameters)
+            executor.update_parameters(**{**DEFAULTS, **parameters})
             with redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
-                return executor.submit_array(jobs), cluster
+                return list(executor.submit_array(jobs))
         except (ValueError, submitit.core.utils.FailedJobError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"the jobs were not accepted: {reason}", "option --slurm", "correct the settings, then submit again") from None
@@ -146,7 +151,9 @@ def submit_chains(units: Sequence[Unit], out: Path, texts: Sequence[str], device
         chains.setdefault(first.digest, []).append(unit)
     jobs = [ChainJob(tuple(chain), out) for chain in chains.values()]
     resources = {"tasks_per_node": 1, "cpus_per_task": 2 if device == "cpu" else 10, **({} if device == "cpu" else {"gpus_per_node": 1})}
-    submitted, cluster = _submitted(jobs, texts, out / "slurm_logs", lambda given: resources)
+    given = settings(texts)
+    cluster = _cluster(given)
+    submitted = _submitted(jobs, {**resources, **given}, cluster, out / "slurm_logs")
     for job, own in zip(submitted, jobs):
         print(f"job {job.job_id}: {', '.join(unit.name for unit in own.units)}\n  log: tail -F {job.task(0).paths.stdout}")
     number = submitted[0].job_id.split("_")[0]
