@@ -21,8 +21,8 @@ from nnssl_ext.nn.backbones.base import backbone_class, check_support
 
 METHOD, BASELINE, CONTROL, UPPER_BOUND = "method", "baseline", "negative control", "upper bound"
 SCRATCH, RANDOM = "scratch", "random weights"
-# Seconds on one core of a quick pretraining and fine-tuning, of a probe, a classification, a registration of one pair: to begin with the longest, and to guess.
-COSTS = {"pretrain": 95.0, "probe": 20.0, CLASSIFICATION: 20.0, REGISTRATION: 20.0}
+# Seconds on one core of a probe, a classification, a registration, a quick fine-tuning: to begin with the longest, and to guess.
+COSTS = {"probe": 20.0, CLASSIFICATION: 20.0, REGISTRATION: 20.0}
 FINETUNE_COSTS = {"resenc": 75.0, "primus": 50.0}
 LONG = 36_000.0  # with a method's own epochs, or nnU-Net's
 
@@ -99,7 +99,7 @@ class _Grid:
             cells = [] if fewest is None else [Cells(FULL, (fewest,))]
         for seed in range(self.suite.seeds):
             settings = {**self.common, "method": asdict(method), "code": code, "seed": seed, "device": self.device}
-            cost = COSTS["pretrain"] if method.steps is not None else LONG
+            cost = self.suite.pretraining_seconds if method.steps is not None else LONG
             unit = Unit(f"pretrain_{method.name}_{seed}", pretrain, settings, cost=cost, goes_on=True)
             named = {"method": method.trainer, "family": method.family, "role": role, "pretrain_seed": seed, "seed": seed}
             yield Planned(unit, {"kind": "pretrain", **named, "dataset": None, "mode": None, "labels": None, "seed": None})

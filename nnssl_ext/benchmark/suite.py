@@ -142,6 +142,7 @@ class Suite:
         registration: of pairs, where a dataset has pairs.json; None: none.
         negative_control: a method on noise; None: none.
         upper_bound: seeds of training from scratch with all labelled cases; 0: none.
+        pretraining_seconds: that a pretraining of given steps takes, about; only to begin with the longest and to tell what is left.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Suite:
     registration: Registration | None = Registration()
     negative_control: Method | None = None
     upper_bound: int = 1
+    pretraining_seconds: float = 95.0
 
     @property
     def embedded(self) -> bool:
