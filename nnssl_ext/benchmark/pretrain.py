@@ -56,7 +56,7 @@ class NoiseStore(CaseStore):
 
     def read(self, case: int, box: Box | None = None) -> np.ndarray:
         volume = _noise(case, len(self.fill(case)), self.shape(case))
-        return volume.copy() if box is None else volume[(slice(None), *box_slices(box))].copy()
+        return volume.copy() if box is None else volume[box_slices(box)].copy()
 
     def data_hash(self) -> str:
         return f"noise {super().data_hash()}"
