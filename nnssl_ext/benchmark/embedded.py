@@ -23,13 +23,11 @@ _KINDS = ("benign", "malignant")
 
 def write_embedded(nnssl_raw: Path, nnunet_raw: Path, wanted: Generator, workers: int) -> tuple[str, tuple[str, ...]]:
     """Write whatever is missing; names of the unlabelled and of the labelled data sets."""
-    grid = {"size": wanted.size, "spacing": wanted.spacing, "workers": workers}
-    unlabelled = write_dataset_802(nnssl_raw, wanted.unlabelled, modalities=("CT",), **grid)
-    labelled = write_dataset_902(nnunet_raw, wanted.labelled, wanted.test, **grid)
-    names = (str(labelled["name"]),)
-    if wanted.lesions or wanted.pairs:
-        names += (write_tasks(nnunet_raw, wanted, workers),)
-    return str(unlabelled["name"]), names
+    size, spacing = wanted.size, wanted.spacing
+    unlabelled = write_dataset_802(nnssl_raw, wanted.unlabelled, size=size, spacing=spacing, workers=workers, modalities=("CT",))
+    labelled = write_dataset_902(nnunet_raw, wanted.labelled, wanted.test, size=size, spacing=spacing, workers=workers)
+    tasks = (write_tasks(nnunet_raw, wanted, workers),) if wanted.lesions or wanted.pairs else ()
+    return str(unlabelled["name"]), (str(labelled["name"]), *tasks)
 
 
 def write_tasks(nnunet_raw: Path, wanted: Generator, workers: int) -> str:

@@ -77,14 +77,13 @@ def registration(settings: dict[str, Any], folder: Path, given: Path | None) -> 
     raw, wanted = Data.beside(folder).raw(settings["dataset"]), settings["registration"]
     if wanted["preset"] not in PRESETS:
         raise UserError(f"there is no preset '{wanted['preset']}'", "registration", f"known: {', '.join(PRESETS)}")
-    presets = [
-        PRESETS[name] if wanted["iterations"] is None else replace(PRESETS[name], iterations=wanted["iterations"])
-        for name in (wanted["preset"], "mind_default")
-    ]
+    preset, mind = PRESETS[wanted["preset"]], PRESETS["mind_default"]
+    if wanted["iterations"] is not None:
+        preset, mind = (replace(one, iterations=wanted["iterations"]) for one in (preset, mind))
     kinds = (MIND, INTENSITY) if settings["controls"] else ("checkpoint",)
     describe = Describer(Pretrained.load(given / CHECKPOINT), device=settings["device"])
     out = folder / "registration"
-    _, failed = RegistrationRun(describe, kinds, out, *presets).run(read_pairs(raw / PAIRS))
+    _, failed = RegistrationRun(describe, kinds, out, preset, mind).run(read_pairs(raw / PAIRS))
     if failed:
         raise UserError(f"{len(failed)} pairs can't be registered: {next(iter(failed.values()))}", raw / PAIRS, "mend or remove them")
     written = read_json(out / "results.json")
