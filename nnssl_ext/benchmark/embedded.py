@@ -33,7 +33,7 @@ def write_embedded(nnssl_raw: Path, nnunet_raw: Path, wanted: Generator, workers
 def write_tasks(nnunet_raw: Path, wanted: Generator, workers: int) -> str:
     """Lesions of two kinds, of the same sizes and means, with classification.csv; pairs with known fields and landmarks, with pairs.json."""
     folder, shape, spacing = nnunet_raw / PHANTOM_TASKS, (wanted.size,) * 3, (wanted.spacing,) * 3
-    kinds = {f"lesion_{number:04d}": _KINDS[number % 2] for number in range(wanted.lesions)}
+    kinds = {f"lesion{number:03d}": _KINDS[number % 2] for number in range(wanted.lesions)}
     jobs: list[Job] = []
     for number, (name, kind) in enumerate(kinds.items()):
 
@@ -59,11 +59,13 @@ def write_tasks(nnunet_raw: Path, wanted: Generator, workers: int) -> str:
             jobs += [(entry[side], _side(pair, number, side, False)), (entry["labels"][-1], _side(pair, number, side, True))]
         entries.append(entry)
     written = write_dataset(folder, {"data": "phantom tasks", **_settings(wanted)}, jobs, lambda: {PAIRS: entries} if entries else {}, workers)
-    if written["written"] or not (folder / CLASSES).is_file():
+    tables = [CLASSES] * bool(kinds) + [point for entry in entries for point in entry["keypoints"]]
+    if written["written"] or not all((folder / file).is_file() for file in tables):
         for number in range(wanted.pairs):
             for side, points in zip(("fixed", "moving"), pair(number).landmarks.transpose(1, 0, 2)):
                 write_text(folder / f"registration/pair_{number}_{side}.csv", "x,y,z\n" + "".join(f"{x:.3f},{y:.3f},{z:.3f}\n" for z, y, x in points))
-        write_text(folder / CLASSES, "case,subject,label\n" + "".join(f"{name},{name},{kind}\n" for name, kind in kinds.items()))
+        if kinds:
+            write_text(folder / CLASSES, "case,subject,label\n" + "".join(f"{name},{name},{kind}\n" for name, kind in kinds.items()))
     return PHANTOM_TASKS
 
 

@@ -98,7 +98,7 @@ def predictor_of(trainer: Any) -> nnUNetPredictor:
     predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, perform_everything_on_device=trainer.device.type == "cuda", allow_tqdm=False)
     trainer.set_deep_supervision_enabled(False)
     manager, configuration = trainer.plans_manager, trainer.configuration_manager
-    predictor.manual_initialization(trainer.network, manager, configuration, None, trainer.dataset_json, type(trainer).__name__, None)
+    predictor.manual_initialization(trainer.network, manager, configuration, [trainer.network.state_dict()], trainer.dataset_json, type(trainer).__name__, None)
     return predictor
 
 
