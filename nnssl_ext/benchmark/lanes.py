@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context, parent_process, set_start_method
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import torch
@@ -116,8 +118,17 @@ def _ready(waiting: Sequence[Unit], running: Iterable[Unit]) -> list[Unit]:
 
 
 def _begin_lane() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     set_start_method(None, force=True)  # nnU-Net's pools begin as in its own commands; they would load torch a dozen times
+
+
+def _end_with_parent() -> None:
+    """A lane would wait for work for ever when the process that gives it is killed."""
+    parent = parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 def _finish(unit: Unit, out: Path) -> tuple[float, str]:
