@@ -129,7 +129,7 @@ class _Grid:
         scratch = named["method"] == RANDOM and mode not in FREEZING
         family, how = named["family"], None if self.suite.quick is None else asdict(self.suite.quick.get(named["family"], Quick()))
         settings = {"data": self.digests[dataset], "dataset": dataset, "mode": mode, "labels": labels, "seed": named["seed"], "scratch": scratch, "quick": how}
-        title = f"{SCRATCH if scratch else named['method']}_{family}".replace(" ", "_")
+        title = f"{SCRATCH if scratch else named['method']}_{family}{'_noise' * (named['role'] == CONTROL)}".replace(" ", "_")
         name = f"finetune_{title}_{dataset.partition('_')[0]}_{mode}_{labels or 'all'}_{named['seed']}"
         cost = LONG if how is None else FINETUNE_COSTS.get(family, 60.0)
         run = {"kind": SEGMENTATION, **named, "method": SCRATCH if scratch else named["method"], "role": role or named["role"]}

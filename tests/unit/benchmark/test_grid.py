@@ -22,7 +22,7 @@ SUITE = Suite(
     finetuning=(Cells("full", (2, 4)), Cells("encoder", (2,)), Cells("frozen", (2,), 1)),
     quick={"resenc": Quick(1, 2, 2)},
     probe=(2,),
-    negative_control=Method("MAETrainer", "primus", 5, 2, noise=True),
+    negative_control=Method("DINOv2Trainer", "primus", 5, 2, noise=True),
 )
 
 
@@ -45,7 +45,7 @@ def test_every_cell_of_the_grid_has_its_units(tmp_path):
         **{(name, family, "method", "full", labels): 2 for name, family in (("MAETrainer", "resenc"), ("DINOv2Trainer", "primus")) for labels in (2, 4)},
         **{(name, family, "method", "frozen", 2): 1 for name, family in (("MAETrainer", "resenc"), ("DINOv2Trainer", "primus"))},
         ("MAETrainer", "resenc", "method", "encoder", 2): 2,  # DINOv2 hands over an encoder anyway
-        ("MAETrainer", "primus", "negative control", "full", 2): 2,
+        ("DINOv2Trainer", "primus", "negative control", "full", 2): 2,
     }
     kinds = Counter(run["kind"] for run in runs if run["role"] != "negative control" and run["kind"] != "segmentation")
     assert kinds == {"pretrain": 4, "probe": 8 + 2, "classification": 8 + 1, "registration": 8 + 1}  # two methods and two networks, two seeds; controls
