@@ -30,6 +30,7 @@ NAMES = (
     "cross_view",
     "startup",
     "known_warps",
+    "registration",
 )  # one module each, with run(quick) -> Result
 RESULTS = Path(__file__).with_name("results.json")
 

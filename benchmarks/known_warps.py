@@ -29,7 +29,7 @@ from nnssl_ext.trainers.registration_pretext import RegistrationPretextTrainer
 from nnssl_ext.trainers.sinks import VARIABLE
 
 SIZE, SPACING, PATCH = 64, 3.0, (32, 32, 32)  # voxels per edge of a phantom, mm, voxels of a crop
-SEEDS, EPOCHS, ITERATIONS, BATCH = 3, 5, 60, 4
+SEEDS, EPOCHS, ITERATIONS, BATCH = 3, 5, 120, 2
 OPTIONS = {"optimizer": "adamw", "lr": 2e-3, "warmup": 0.05, "known": 1.0}  # SGD with momentum 0.99 has hardly begun after a few hundred steps
 CROPS, TESTED = 4, 10  # of each of the 40 phantoms that were held back; of which so many at a time
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks.common import PAIRED, NoiseStore, PairedStore, Result, compare, make_plan, memory
 from nnssl_ext.core.registry import all_classes
-from nnssl_ext.planners import primus, resenc
+from nnssl_ext.planners import primus, resenc, segformer3d
 from nnssl_ext.trainers.base import SSLTrainer
 
 BATCH, PEER = 2, "MAETrainer"
-NETWORKS: dict[str, Callable[..., Any]] = {"resenc": resenc.network, "primus": primus.network}
+NETWORKS: dict[str, Callable[..., Any]] = {"resenc": resenc.network, "primus": primus.network, "segformer3d": segformer3d.network}
 
 
 @cache

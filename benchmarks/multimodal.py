@@ -31,7 +31,7 @@ from nnssl_ext.trainers.sinks import VARIABLE
 
 SIZE, SPACING, SMOOTH, PATCH, BATCH = 48, 4.0, 1.0, (32, 32, 32), 8
 TRAINED, JUDGED, CROPS = 32, 16, 2  # subjects, crops of each that is judged
-STEPS, LR = 400, 1e-3
+STEPS, LR = 2400, 3e-3
 NONE, SOME, ALL, OTHER = "alone", "a third of the other modality's", "all of the other modality's", "all of another subject's"
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,8 @@ from nnssl_ext.evaluation.phantom import make_phantom
 from nnssl_ext.evaluation.probe import cell_labels, choose, mean_dice, nearest_neighbours
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.tokens import patchify
-from nnssl_ext.preprocessing.normalize import CT
+from nnssl_ext.preprocessing.normalize import CT, ZScore
 from nnssl_ext.preprocessing.store import BODY_CELL
-from nnssl_ext.trainers.pictures import feature_level
 
 SIZE, SPACING = 96, 2.0  # voxels per edge, mm
 UNLABELLED, MEMORY, TEST = 200, 24, 16  # volumes for pretraining, of the labelled memory of the probe, and for its test; all of different subjects
@@ -63,6 +63,30 @@ def _volume(index: int, size: int, spacing: float) -> tuple[np.ndarray, np.ndarr
     return phantom.image.astype(np.float16), phantom.labels, phantom.body
 
 
+def make_pairs(folder: Path, cohort: Path, processes: int = 2) -> None:
+    """Write images.npy (float16, normalised by z-score): an MR image of each unlabelled volume's subject; what is there already is kept.
+
+    Args:
+        cohort: folder of `make`.
+    """
+    record, made = folder / "pairs.json", read_json(cohort / "phantoms.json")
+    settings = {key: made[key] for key in ("size", "spacing", "unlabelled")} | {"modality": "MR"}
+    if record.is_file() and read_json(record) == settings:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        volumes = list(pool.map(partial(_second, size=made["size"], spacing=made["spacing"]), range(made["unlabelled"]), chunksize=8))
+    with atomic_path(folder / "images.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, np.stack(volumes))
+    write_json(record, settings)
+
+
+def _second(index: int, size: int, spacing: float) -> np.ndarray:
+    phantom = make_phantom(0, index, (size,) * 3, (spacing,) * 3, "MR")
+    parameters = ZScore().parameters(phantom.image, phantom.body, Normalization("zscore"))
+    return ZScore.apply(phantom.image, parameters).astype(np.float16)
+
+
 class PhantomStore:
     """The reading side of a case store: the unlabelled volumes.
 
@@ -86,7 +110,7 @@ class PhantomStore:
         return f"phantom_{case:04d}"
 
     def fill(self, case: int) -> list[float]:
-        return [float(self.images[case, 0, 0, 0])]
+        return [float(self.image(case)[0, 0, 0])]
 
     def geometry(self, case: int) -> Geometry:
         return Geometry(self.shape(case), (self.spacing,) * 3)
@@ -94,8 +118,12 @@ class PhantomStore:
     def body(self, case: int) -> np.ndarray:
         return np.asarray(self.bodies[case])
 
+    def image(self, case: int) -> np.ndarray:
+        """A whole volume (z, y, x) as it is kept."""
+        return np.asarray(self.images[case])
+
     def read(self, case: int, box: Box | None = None) -> np.ndarray:
-        image = self.images[case][None]
+        image = self.image(case)[None]
         return np.asarray(image if box is None else image[box_slices(box)], np.float32)
 
     @property
@@ -113,6 +141,41 @@ class PhantomStore:
 
     def data_hash(self) -> str:
         return "0" * 64
+
+
+class PhantomPairs(PhantomStore):
+    """The same, then the MR images of the same visits.
+
+    Args:
+        folder: of `make`.
+        pairs: folder of `make_pairs`.
+    """
+
+    def __init__(self, folder: Path, pairs: Path) -> None:
+        super().__init__(folder)
+        self.pairs = np.asarray(np.load(pairs / "images.npy", mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return 2 * UNLABELLED
+
+    def subject(self, case: int) -> str:
+        return super().subject(case % UNLABELLED)
+
+    def info(self, case: int) -> dict[str, Any]:
+        return {"session": "1", "modalities": [self.modality(case)], "stored": self.geometry(case).as_dict()}
+
+    def modality(self, case: int) -> str:
+        return ("CT", "MR")[case // UNLABELLED]
+
+    def body(self, case: int) -> np.ndarray:
+        return super().body(case % UNLABELLED)
+
+    def image(self, case: int) -> np.ndarray:
+        return np.asarray((self.images, self.pairs)[case // UNLABELLED][case % UNLABELLED])
+
+    @property
+    def identifiers(self) -> list[str]:
+        return [f"{self.subject(case)}_{self.modality(case)}" for case in range(len(self))]
 
 
 class TokenProbe:
@@ -133,8 +196,7 @@ class TokenProbe:
     @torch.no_grad()
     def tokens(self, backbone: Backbone) -> list[Tensor]:
         """Frozen tokens (crops, cells, C) of each volume."""
-        level = feature_level(backbone)
-        return [backbone.pyramid(torch.from_numpy(crops)[:, None])[level].flatten(2).mT.float() for crops in self.images]
+        return [backbone.dense(torch.from_numpy(crops)[:, None]).flatten(2).mT.float() for crops in self.images]
 
     def raw(self, token: Sequence[int]) -> list[Tensor]:
         """The voxels of each token, as `tokens`."""

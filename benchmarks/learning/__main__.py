@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.common import PAIRED
 from benchmarks.learning.data import Data
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import baseline, trial
@@ -52,7 +53,8 @@ def study(out: Path, chosen: list[str] | None, seeds: list[int], lanes: int) -> 
         data.prepare(lanes)
         digest = data.digest()
         baselines = [baseline(family, seeds, digest) for family in dict.fromkeys(entry.family for entry in entries)]
-        trials = [trial(entry, seeds, digest) for entry in entries]
+        pairs = data.prepare_pairs(lanes) if any(entry.method in PAIRED for entry in entries) else None
+        trials = [trial(entry, seeds, digest, pairs) for entry in entries]
         errors = finish_all([unit for part in (*baselines, *trials) for chain in part.chains() for unit in chain], out, lanes)
         found = rows(baselines, trials, out)
         write_json(out / "learning.json", {**environment(), "data": digest, "seeds": seeds, "rows": found})

@@ -73,6 +73,16 @@ class Data:
         records = (self.cohort / "phantoms.json", self.labelled / "generator.json", self.splits)
         return sha256_json(arrays + [read_json(path) for path in records])
 
+    @property
+    def pairs(self) -> Path:
+        """Second images of the cohort's subjects, see `phantoms.make_pairs`."""
+        return self.root / "data" / "pairs"
+
+    def prepare_pairs(self, processes: int) -> str:
+        """Make them where they are missing; their digest. (That of everything else doesn't depend on them.)"""
+        phantoms.make_pairs(self.pairs, self.cohort, processes)
+        return sha256_json([sha256_file(self.pairs / "images.npy"), read_json(self.pairs / "pairs.json")])
+
     def plan(self, family: str, edge: int, batch: int) -> Plan:
         """A plan with the smallest network of a backbone family, and the intensities of the cohort.
 

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import PAIRED
 from benchmarks.learning.data import CONFIGURATION, Data
 from benchmarks.learning.suite import EPOCHS
 from benchmarks.methods import methods
-from benchmarks.phantoms import PhantomStore
+from benchmarks.phantoms import PhantomPairs, PhantomStore
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
 
 CHECKPOINT, LABELS = "checkpoint_final.pth", "labels.npy"
@@ -23,7 +24,8 @@ def pretrain(settings: dict[str, Any], folder: Path, given: Path | None) -> dict
     options = {"epochs": EPOCHS, "iterations": steps, "val_iterations": 1, "batch_size": entry["batch"], "workers": 0, "seed": settings["seed"]}
     config = cls.Config(**{**options, **entry["options"]})
     plan = data.plan(entry["family"], settings["patch"], entry["batch"])
-    store = PhantomStore(data.cohort, None if given is None else given / LABELS)
+    paired = entry["method"] in PAIRED
+    store = PhantomPairs(data.cohort, data.pairs) if paired else PhantomStore(data.cohort, None if given is None else given / LABELS)
     os.environ[VARIABLE] = "none"
     cls(plan, CONFIGURATION, config, store, folder, family=entry["family"]).fit()  # type: ignore[arg-type]
     records = read_metrics(folder / "metrics.jsonl")

@@ -11,7 +11,6 @@ from benchmarks.phantoms import TokenProbe
 from nnssl_ext.benchmark.untrained import fresh_backbone
 from nnssl_ext.finetuning.export import load_into_modules
 from nnssl_ext.finetuning.pretrained import Pretrained
-from nnssl_ext.trainers.pictures import feature_level
 
 
 def trained(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:
@@ -37,10 +36,9 @@ def intensities(settings: dict[str, Any], folder: Path, given: Path | None) -> d
     data = Data.beside(folder)
     plan = data.plan(settings["family"], settings["patch"], 1)
     backbone, probe = fresh_backbone(plan, CONFIGURATION, settings["family"], 0), TokenProbe(data.cohort, plan.configuration(CONFIGURATION).patch_size)
-    cell = backbone.strides[feature_level(backbone)]
+    cell = backbone.dense_stride
     return {"knn_dice": probe.dice(probe.raw(cell), cell)}
 
 
 def _judged(probe: TokenProbe, backbone: Any) -> dict[str, Any]:
-    cell = backbone.strides[feature_level(backbone)]
-    return {"knn_dice": probe.dice(probe.tokens(backbone.eval()), cell)}
+    return {"knn_dice": probe.dice(probe.tokens(backbone.eval()), backbone.dense_stride)}

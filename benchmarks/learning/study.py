@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from inspect import getsourcefile
 from typing import Any
 
+from benchmarks.common import PAIRED
 from benchmarks.learning import quality
 from benchmarks.learning.clusters import clustered
 from benchmarks.learning.finetune import finetune
@@ -61,14 +62,19 @@ def baseline(family: str, seeds: Sequence[int], digest: str) -> Baseline:
     )
 
 
-def trial(entry: Entry, seeds: Sequence[int], digest: str) -> Trial:
-    """Units of one method on data with this hash; a change of the method's file makes them new ones."""
+def trial(entry: Entry, seeds: Sequence[int], digest: str, pairs: str | None = None) -> Trial:
+    """Units of one method on data with this hash; a change of the method's file makes them new ones.
+
+    Args:
+        pairs: digest of the second images, for a method that learns from pairs.
+    """
     code = sha256_file(str(getsourcefile(methods()[entry.method])))
     earlier = CLUSTERED.get(entry.method)
     needed = {} if earlier is None else trial(next(one for one in SUITE if one.method == earlier and one.family == entry.family), seeds, digest).pretrained
     pretrained = {}
     for seed in seeds:
         settings = {"entry": asdict(entry), "code": code, "patch": PATCH, "data": digest, "seed": seed}
+        settings |= {"pairs": pairs} if entry.method in PAIRED else {}
         labels = Unit(f"clusters_{earlier}_{entry.family}_{seed}", clustered, {"data": digest, "seed": seed}, needed[seed]) if needed else None
         pretrained[seed] = Unit(f"pretrain_{entry.name}_{seed}", pretrain, settings, labels)
     return Trial(

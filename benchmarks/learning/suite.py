@@ -62,6 +62,7 @@ LABELS = 2  # labelled volumes to fine-tune with
 FINE_TUNING = {
     "resenc": FineTuning("nnsslResEncTrainer_short", epochs=40, iterations=10, batch=2),
     "primus": FineTuning("nnsslPrimusTrainer_short", epochs=45, iterations=10, batch=4),
+    "segformer3d": FineTuning("nnsslSegFormerTrainer_short", epochs=45, iterations=10, batch=4),
 }
 CLUSTERED = {"PixelClusterTrainer": "MAETrainer"}  # method: whose features give it its clusters
 SUITE = (  # measured seconds per step on one thread
@@ -85,4 +86,10 @@ SUITE = (  # measured seconds per step on one thread
     Entry("PatchClusterTrainer", "resenc", 350, 4, UNET),  # 0.27
     Entry("PatchClusterTrainer", "primus", 1200, 8, TRANSFORMER),  # 0.08
     Entry("PixelClusterTrainer", "resenc", 300, 4, UNET),  # 0.33
+    Entry("MultiMAETrainer", "primus", 850, 8, TRANSFORMER),  # 0.118
+    Entry("CroCo3DTrainer", "primus", 900, 8, {**TRANSFORMER, "decoder_depth": 2, "decoder_width": 96}),  # 0.11; 1.5 with a decoder as large as published
+    Entry("BilateralDenseContrastTrainer", "resenc", 175, 4, UNET),  # 0.56
+    Entry("RegistrationPretextTrainer", "resenc", 190, 4, UNET),  # 0.53
+    Entry("MAETrainer", "segformer3d", 1750, 8, TRANSFORMER),  # 0.057
+    Entry("SimMIMTrainer", "segformer3d", 1850, 8, TRANSFORMER),  # 0.054
 )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
+from nnssl_ext.cli.common import CHECKPOINT_HELP, SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
 from nnssl_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     result.add_argument("dataset", help="dataset ID or name")
     result.add_argument("configuration", help="configuration of the plan, such as 3d_fullres")
-    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, help="checkpoint of nnssl_train; needed to fit (default when assigning: where it was then)")
+    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, help=CHECKPOINT_HELP + "; needed to fit (default when assigning: where it was then)")
     result.add_argument("-k", metavar="K", type=at_least_one, help="fit: number of clusters (default: 10)")
     result.add_argument("-upsampling", choices=UPSAMPLING, help="fit: how features of cells become those of voxels (default: trilinear)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")

@@ -19,6 +19,7 @@ from nnssl_ext.core.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from nnssl_ext.preprocessing.parallel import Workers
 
+CHECKPOINT_HELP = "checkpoint of nnssl_train: a file, or a shared model as a folder or hf://owner/name[@revision]"
 DONE, SOME_FAILED, USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 70, 130
 
 

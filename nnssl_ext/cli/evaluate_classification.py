@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import add_device, add_results, chosen_device, parser, run
+from nnssl_ext.cli.common import CHECKPOINT_HELP, add_device, add_results, chosen_device, parser, run
 
 if TYPE_CHECKING:
     from nnssl_ext.evaluation.statistics import Estimate
@@ -19,7 +19,7 @@ def arguments() -> argparse.ArgumentParser:
         "Tell the classes of volumes by a linear head on frozen features, in folds of subjects, beside random weights and intensity statistics.",
         "nnssl_evaluate_classification -ckpt checkpoint_final.pth -labels labels.csv -images crops",
     )
-    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help="checkpoint of nnssl_train")
+    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help=CHECKPOINT_HELP)
     result.add_argument("-labels", metavar="FILE", type=Path, required=True, help="CSV with the columns case, subject and label")
     result.add_argument("-images", metavar="FOLDER", type=Path, required=True, help="folder of images named by the cases, or a raw dataset folder")
     result.add_argument("-modality", metavar="M", nargs="+", default=[], help="modality of each channel, where the plan knows several and no index tells")

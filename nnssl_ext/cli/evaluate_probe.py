@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnssl_ext.cli.common import add_device, add_results, at_least_one, chosen_device, parser, run
+from nnssl_ext.cli.common import CHECKPOINT_HELP, add_device, add_results, at_least_one, chosen_device, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def arguments() -> argparse.ArgumentParser:
         "Tell organs apart by the frozen features of single cells, learned from few labelled volumes, beside random weights and raw intensities.",
         "nnssl_evaluate_probe -ckpt checkpoint_final.pth -d 902 -n 1 5 10",
     )
-    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help="checkpoint of nnssl_train")
+    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help=CHECKPOINT_HELP)
     result.add_argument("-d", metavar="ID", required=True, help="labelled dataset in nnU-Net's raw format, in $nnUNet_raw or $nnssl_raw; ID or name")
     result.add_argument("-n", metavar="N", type=at_least_one, nargs="+", help="labelled volumes to learn from (default: those of 1, 5 and 10 that there are)")
     add_results(result, "Dice of each test case")

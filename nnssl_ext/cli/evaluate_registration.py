@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnssl_ext.cli.common import SOME_FAILED, at_least_one, parser, run
+from nnssl_ext.cli.common import CHECKPOINT_HELP, SOME_FAILED, at_least_one, parser, run
 
 FEATURES = ("mind", "intensity", "random", "checkpoint", "precomputed")
 PRESETS = ("dinoreg", "medssl", "mind_default")
@@ -20,7 +20,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     result.add_argument("-pairs", metavar="JSON", type=Path, required=True, help='list of pairs: [{"fixed": "a.nii.gz", "moving": "b.nii.gz", ...}, ...]')
     result.add_argument("-out", metavar="FOLDER", type=Path, required=True, help="where everything is written")
-    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, help="checkpoint of nnssl_train")
+    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, help=CHECKPOINT_HELP)
     help_features = "which ones (default: mind intensity, and with a checkpoint random checkpoint): random is the checkpoint's network before any training"
     result.add_argument("--features", choices=FEATURES, nargs="+", help=help_features)
     help_preset = "how all features but mind are registered; mind always has mind_default (default: %(default)s)"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnssl_ext.cli.common import SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
+from nnssl_ext.cli.common import CHECKPOINT_HELP, SOME_FAILED, add_device, at_least_one, chosen_device, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def arguments() -> argparse.ArgumentParser:
         "Write the dense features that a pretrained backbone gives of volumes, and pictures of them.",
         "nnssl_features -ckpt checkpoint_final.pth -i imagesTs -o features -pca 3 -format nifti",
     )
-    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help="checkpoint of nnssl_train")
+    result.add_argument("-ckpt", metavar="CHECKPOINT", type=Path, required=True, help=CHECKPOINT_HELP)
     help_images = "images, folders of images, raw dataset folders, or imagesTs/CASE for imagesTs/CASE_0000.nii.gz, imagesTs/CASE_0001.nii.gz, ..."
     result.add_argument("-i", metavar="IMAGES", type=Path, nargs="+", required=True, help=help_images)
     result.add_argument("-o", metavar="FOLDER", type=Path, required=True, help="where the features are written")

@@ -25,7 +25,9 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-b", metavar="FAMILY", help="backbone family: resenc, primus, primus_v2 or segformer3d (default: the method's own)")
     result.add_argument("-p", metavar="PLANS", default="nnsslPlans", help="name of the plans (default: %(default)s)")
     result.add_argument("-o", metavar="KEY=VALUE", nargs="+", default=[], help="hyper-parameters that differ from the method's defaults")
-    help_init = "start from the weights of an earlier checkpoint: all of them where the method is the same, else the backbone's"
+    help_init = (
+        "start from the weights of an earlier checkpoint (file, shared folder or hf://owner/name): all where the method is the same, else the backbone's"
+    )
     result.add_argument("-init", metavar="CHECKPOINT", help=help_init)
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a card")
     result.add_argument("-num_gpus", type=at_least_one, default=1, metavar="N", help="processes, one per card (default: 1)")

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from nnssl_ext.core.geometry import Geometry, resampled_shape
 from nnssl_ext.core.rng import sample_rng
-from nnssl_ext.evaluation.deform import diffeomorphism, jacobian_determinant, smooth_field, warp
+from nnssl_ext.evaluation.deform import compose, diffeomorphism, jacobian_determinant, smooth_field, warp
 from nnssl_ext.evaluation.torso import ORGANS, SCANS, Scan, load_scan
 
 MAX_DISPLACEMENT_MM = 12.0
@@ -52,6 +52,22 @@ class DerivedVolume:
     displacement: np.ndarray
 
 
+@dataclass(frozen=True)
+class DerivedPair:
+    """Two volumes derived from one scan: ``fixed(x) = moving(x + displacement(x))`` but for shading, blur and added noise, which each has for itself.
+
+    The scan's own noise is deformed with the anatomy: such a pair is easier to register than two scans of one patient.
+
+    Args:
+        fixed, moving: the volumes, on one grid.
+        displacement: mm, float32 (3, z, y, x).
+    """
+
+    fixed: DerivedVolume
+    moving: DerivedVolume
+    displacement: np.ndarray
+
+
 def source_of(index: int) -> str:
     """The scan from which volume `index` of the cohort is derived."""
     return _ORDER[index % len(_ORDER)]
@@ -70,8 +86,7 @@ def derive_volume(seed: int, index: int, source: str | None = None, stream: str 
     scan = _scan_at_working_spacing(source)
     shape, spacing = scan.geometry.shape, scan.geometry.spacing
     rng = sample_rng(seed, index, stream)
-    limit = min(MAX_DISPLACEMENT_MM, 0.12 * min(n * s for n, s in zip(shape, spacing, strict=True)))  # thin slabs and small crops bear less
-    displacement, _ = diffeomorphism(rng, shape, spacing, limit, _KNOT_MM)
+    displacement, _ = diffeomorphism(rng, shape, spacing, _bearable(shape, spacing, MAX_DISPLACEMENT_MM), _KNOT_MM)
     total = displacement + _affine_displacement(rng, shape, spacing)
     image, labels = warp(scan.image, total, spacing, order=1), warp(scan.labels, total, spacing, order=0)
     pseudo = scan.modality == "CT" and rng.random() < pseudo_mr and source not in _NOISY
@@ -79,8 +94,28 @@ def derive_volume(seed: int, index: int, source: str | None = None, stream: str 
         remapped = np.interp(ndimage.gaussian_filter(image, 0.8), _CT_KNOTS, rng.uniform(_MR_DARKEST, _MR_BRIGHTEST))
         image = (800.0 * remapped).astype(np.float32)
     modality = "MR" if pseudo else scan.modality
-    image = _ct_appearance(rng, image, spacing) if modality == "CT" else _mr_appearance(rng, image, spacing)
-    return DerivedVolume(image.astype(np.float32), labels, scan.geometry, modality, bool(pseudo), source, displacement)
+    return DerivedVolume(_appearance(rng, image, spacing, modality), labels, scan.geometry, modality, bool(pseudo), source, displacement)
+
+
+def derive_pair(seed: int, index: int, source: str, max_mm: float = 24.0) -> DerivedPair:
+    """A pair whose displacement is known, a pure function of its arguments.
+
+    Args:
+        seed, index: number of the pair.
+        source: key of `SCANS`.
+        max_mm: longest displacement, mm.
+    """
+    scan = _scan_at_working_spacing(source)
+    shape, spacing = scan.geometry.shape, scan.geometry.spacing
+    rng = sample_rng(seed, index, "derived pair")
+    base = diffeomorphism(rng, shape, spacing, _bearable(shape, spacing, MAX_DISPLACEMENT_MM), _KNOT_MM)[0] + _affine_displacement(rng, shape, spacing)
+    displacement, _ = diffeomorphism(rng, shape, spacing, _bearable(shape, spacing, max_mm), _KNOT_MM)
+
+    def volume(field: np.ndarray) -> DerivedVolume:
+        image, labels = warp(scan.image, field, spacing, order=1), warp(scan.labels, field, spacing, order=0)
+        return DerivedVolume(_appearance(rng, image, spacing, scan.modality), labels, scan.geometry, scan.modality, False, source, field)
+
+    return DerivedPair(volume(compose(displacement, base, spacing)), volume(base), displacement)
 
 
 def merge_organs(labels: np.ndarray, source: str = "abdomen_ct") -> np.ndarray:
@@ -123,9 +158,19 @@ def _affine_displacement(rng: np.random.Generator, shape: Sequence[int], spacing
     return np.stack([sum(change[i, j] * points[j] for j in range(3)) for i in range(3)]).astype(np.float32)
 
 
+def _bearable(shape: Sequence[int], spacing: Sequence[float], max_mm: float) -> float:
+    """The longest displacement, mm; thin slabs and small crops bear less."""
+    return min(max_mm, 0.12 * min(n * s for n, s in zip(shape, spacing, strict=True)))
+
+
 def _blur_and_noise(rng: np.random.Generator, image: np.ndarray, sigma: float) -> np.ndarray:
     blurred = ndimage.gaussian_filter(image, rng.uniform(0.0, 0.6))
     return np.asarray(blurred + np.float32(sigma) * rng.standard_normal(image.shape, dtype=np.float32))
+
+
+def _appearance(rng: np.random.Generator, image: np.ndarray, spacing: Sequence[float], modality: str) -> np.ndarray:
+    changed = _ct_appearance(rng, image, spacing) if modality == "CT" else _mr_appearance(rng, image, spacing)
+    return changed.astype(np.float32)
 
 
 def _ct_appearance(rng: np.random.Generator, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

@@ -5,16 +5,22 @@ Fields and features are (1, C, z, y, x); a displacement is in the cells of its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.nn.registration_losses import window_mean
+from nnssl_ext.evaluation.interpolation import Interpolated
 from nnssl_ext.nn.warp import identity_grid, warp
 
 EDGE = 1e-3  # cells beyond the faces that rounding may lead to
+
+
+def _near(cells: int, window: int, like: Tensor) -> Tensor:
+    """Which cells (columns) the window around each cell (rows) holds, 0 or 1."""
+    at = torch.arange(cells, device=like.device)
+    return ((at - at[:, None]).abs() <= window // 2).to(like.dtype)
 
 
 class ControlGrids:
@@ -36,14 +42,24 @@ class ControlGrids:
         return self.pool(displacement, step) / step
 
     def smooth(self, values: Tensor, window: int, passes: int) -> Tensor:
-        """Repeated means over the window around a cell, as far as it lies inside."""
-        for _ in range(passes):
-            values = window_mean(values, window)
-        return values
+        """Repeated means over the window around a cell, as far as it lies inside: a matrix for each axis."""
+        z, y, x = (torch.linalg.matrix_power(self.means(n, window, values), passes) for n in values.shape[2:])
+        return y @ (z @ values.flatten(3)).view(values.shape) @ x.T
+
+    def means(self, cells: int, window: int, like: Tensor) -> Tensor:
+        """Matrix (cells, cells) that takes the mean over the window along one axis."""
+        near = _near(cells, window, like)
+        return near / near.sum(1, keepdim=True)
 
     def warp(self, values: Tensor, displacement: Tensor) -> Tensor:
         """`values` at p + u(p); outside the nearest cell counts."""
         return warp(values, displacement)
+
+    def sampler(self, values: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same as `warp` for values that are wanted again and again, with a gradient by the displacement alone."""
+        shape, table = values.shape, values[0].flatten(1).T.contiguous()
+        places = identity_grid(shape[2:], values).flatten(1)
+        return lambda displacement: Interpolated.apply(places + displacement[0].flatten(1), table, shape[2:]).T.reshape(shape)
 
     def seen(self, displacement: Tensor) -> Tensor:
         """Whether p + u(p) lies in the volume, bool (1, d, h, w)."""
@@ -72,16 +88,17 @@ class LegacyGrids(ControlGrids):
     def reduce(self, displacement: Tensor, step: int) -> Tensor:
         return F.interpolate(displacement, size=[n // step for n in displacement.shape[2:]], mode="trilinear", align_corners=False) / step
 
-    def smooth(self, values: Tensor, window: int, passes: int) -> Tensor:
-        for _ in range(passes):
-            values = F.avg_pool3d(values, window, 1, window // 2)
-        return values
+    def means(self, cells: int, window: int, like: Tensor) -> Tensor:
+        return _near(cells, window, like) / window
 
     def warp(self, values: Tensor, displacement: Tensor) -> Tensor:
         shape = displacement.shape[2:]
         faces = F.affine_grid(torch.eye(3, 4, dtype=displacement.dtype, device=displacement.device)[None], [1, 1, *shape], align_corners=False)
         scale = displacement.new_tensor([2 / (n - 1) for n in shape]).view(3, 1, 1, 1)
         return F.grid_sample(values, faces + (displacement * scale).flip(1).movedim(1, -1), align_corners=False)
+
+    def sampler(self, values: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda displacement: self.warp(values, displacement)
 
     def seen(self, displacement: Tensor) -> Tensor:
         return torch.ones_like(displacement[:, 0], dtype=torch.bool)

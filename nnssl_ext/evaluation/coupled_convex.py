@@ -40,7 +40,8 @@ def dissimilarity(fixed: Tensor, moving: Tensor, reach: int, grids: ControlGrids
         shifted = shifted.unfold(1 + axis, n, 1)  # a view (C, 2 reach + 1, 2 reach + 1, 2 reach + 1, d, h, w)
     total = fixed.new_zeros([2 * reach + 1] * 3 + list(shape))
     for here, there in zip(fixed[0], shifted):  # channel by channel: all at once would take C times the memory
-        total += (here - there).square()
+        apart = here - there
+        total.addcmul_(apart, apart)
     return grids.smooth(total.view(-1, 1, *shape), WINDOW, PASSES)[:, 0]
 
 
@@ -59,8 +60,8 @@ def coupled_convex(apart: Tensor, reach: int, grids: ControlGrids) -> Tensor:
     for coupling in (FIRST, *COUPLINGS):
         chosen = []
         for part_KN, u_3N in zip(*(x.split(max(1, CHUNK // len(options_K3)), 1) for x in (apart_KN, smooth[0].flatten(1)))):
-            away_KN = options_K3.square().sum(1, keepdim=True) - 2 * options_K3 @ u_3N  # |k - u|^2 less |u|^2, which is the same for all candidates
-            chosen.append((part_KN + coupling * away_KN).argmin(0))
+            far_KN = part_KN + coupling * options_K3.square().sum(1, keepdim=True)  # |k - u|^2 less |u|^2, which is the same for all candidates
+            chosen.append(far_KN.addmm_(options_K3, u_3N, alpha=-2 * coupling).argmin(0))
         smooth = grids.smooth(options_K3[torch.cat(chosen)].T.reshape_as(smooth), WINDOW, 1)
     return smooth
 

@@ -22,7 +22,6 @@ from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.preprocessing.normalize import percentiles
 from nnssl_ext.preprocessing.resample import resample
 from nnssl_ext.trainers.checkpoint import load_checkpoint
-from nnssl_ext.trainers.pictures import feature_level
 
 SIGMA = 1 / 8  # standard deviation of the weights over the window's edge, as in nnU-Net
 
@@ -48,7 +47,7 @@ class Extractor:
     """Gives the features of preprocessed volumes.
 
     Args:
-        backbone: one with a "pyramid"; it is put into evaluation mode. The map is the one that `pictures.feature_level` names.
+        backbone: one with a "pyramid"; it is put into evaluation mode. The map is its `dense` one.
         window: voxels that the backbone sees at once, (z, y, x); None: those of its plan.
         overlap: smallest share of a window's edge that the next window sees again, in [0, 1).
         zoom: factor by which volumes are enlarged first (as preprocessing resamples them), so that cells are finer in mm.
@@ -102,11 +101,18 @@ class Extractor:
         return Extractor(backbone, window, overlap, zoom, device)
 
     @staticmethod
-    def untrained(pretrained: Pretrained, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
+    def untrained(
+        pretrained: Pretrained,
+        window: tuple[int, ...] | None = None,
+        overlap: float = 0.5,
+        zoom: float = 1.0,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> Extractor:
         """An extractor with the checkpoint's network before any training, for comparison; `seed` draws its weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, 0, "init"))
-            return Extractor(pretrained.backbone(pretrained.channels, pretrained.patch_size), device=device)
+            return Extractor(pretrained.backbone(pretrained.channels, pretrained.patch_size), window, overlap, zoom, device)
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -114,14 +120,9 @@ class Extractor:
         return tuple(self.window or self.backbone.patch_size)
 
     @property
-    def level(self) -> int:
-        """Index of the feature map in the backbone's pyramid."""
-        return feature_level(self.backbone)
-
-    @property
     def cell(self) -> tuple[int, ...]:
         """Voxels per cell, (z, y, x)."""
-        return tuple(self.backbone.strides[self.level])
+        return self.backbone.dense_stride
 
     @torch.no_grad()
     def features(self, volume: np.ndarray, geometry: Geometry, fill: Sequence[float] | None = None) -> FeatureMap:
@@ -159,7 +160,7 @@ class Extractor:
         starts = list(itertools.product(*(window_starts(n, w, self.overlap) for n, w in zip(cells, window))))
         if len(starts) == 1:
             return self._encode(volume)
-        weights, total, summed = window_weights(window), torch.zeros(self.backbone.widths[self.level], *cells), torch.zeros(*cells)
+        weights, total, summed = window_weights(window), torch.zeros(self.backbone.dense_width, *cells), torch.zeros(*cells)
         for start in starts:
             here = box_slices(tuple((first, first + w) for first, w in zip(start, window)))
             voxels = box_slices(tuple((first * edge, first * edge + size) for first, edge, size in zip(start, self.cell, self.size)))
@@ -168,7 +169,7 @@ class Extractor:
         return total / summed
 
     def _encode(self, crop: Tensor) -> Tensor:
-        return self.backbone.pyramid(crop[None].to(self.device))[self.level][0].float().cpu()
+        return self.backbone.dense(crop[None].to(self.device))[0].float().cpu()
 
 
 def window_starts(cells: int, window: int, overlap: float) -> list[int]:

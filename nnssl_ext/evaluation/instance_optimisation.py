@@ -35,11 +35,12 @@ def optimise(
     """
     control, best = start.detach().clone().requires_grad_(), math.inf
     field = grids.smooth(start, window, passes)
+    sample = grids.sampler(moving)
     adam = torch.optim.Adam([control], lr)
     with torch.enable_grad():
         for _ in range(iterations):
             now = grids.smooth(control, window, passes)
-            apart, seen = (grids.warp(moving, now) - fixed).square().sum(1), grids.seen(now)
+            apart, seen = (sample(now) - fixed).square().sum(1), grids.seen(now)
             loss = apart.where(seen, 0).sum() / seen.sum().clamp_min(1) + regularisation * 3 * flow_gradient(now)  # a mean over three axes
             if float(loss.detach()) < best:
                 field, best = now.detach(), float(loss.detach())

@@ -1,7 +1,7 @@
 """The online probe: how well do frozen features tell organs apart, with no fine-tuning at all?
 
 Cases of a labelled dataset are preprocessed as those of the pretraining, and a few crops of each, around labelled voxels, are
-kept. A feature cell is one position of the feature map that `pictures.feature_level` names (of at most 8 voxels per edge); its
+kept. A feature cell is one position of the backbone's dense feature map (of at most 8 voxels per edge); its
 label is that of most of its voxels, and cells that lie mostly outside of their case, or where labels are to be ignored, are left
 out. Cells of the training cases are a labelled memory, with no more background than foreground; those of the test cases get a label
 
@@ -39,7 +39,6 @@ from nnssl_ext.io.readers import read_volume
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.health import normalized
 from nnssl_ext.preprocessing.preprocessor import Finished, Preprocessor, load, same_grid
-from nnssl_ext.trainers.pictures import feature_level
 
 TRAINING, TEST = 16, 8  # cases, at most
 CROPS = 2  # of each case
@@ -84,12 +83,11 @@ class Probe:
     @staticmethod
     def _cells(crops: Sequence[LabelledCrop], balance: bool, backbone: Backbone, device: torch.device) -> tuple[Tensor, Tensor]:
         """Features (n, D) and labels (n,) of the chosen cells."""
-        level = feature_level(backbone)
-        labels = [cell_labels(crop.labels, backbone.strides[level]).reshape(-1) for crop in crops]
+        labels = [cell_labels(crop.labels, backbone.dense_stride).reshape(-1) for crop in crops]
         features, known = [], []
         for crop, found, cells in zip(crops, labels, choose(labels, balance)):
-            maps = backbone.pyramid(torch.from_numpy(crop.image)[None].to(device))
-            features.append(maps[level][0].flatten(1).T[torch.from_numpy(cells).to(device)].float())
+            dense = backbone.dense(torch.from_numpy(crop.image)[None].to(device))
+            features.append(dense[0].flatten(1).T[torch.from_numpy(cells).to(device)].float())
             known.append(torch.from_numpy(found[cells].astype(np.int64)).to(device))
         return torch.cat(features), torch.cat(known)
 

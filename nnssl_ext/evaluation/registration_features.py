@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry
-from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.evaluation.feature_files import extract, find_cases, read_npz
 from nnssl_ext.evaluation.features import Extractor, FeatureMap
 from nnssl_ext.evaluation.mind import mind_ssc
@@ -100,10 +99,7 @@ class Describer:
     @cached_property
     def _random(self) -> Extractor:
         assert self.pretrained is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed(0, 0, "random backbone"))
-            backbone = self.pretrained.backbone(self.pretrained.channels, self.pretrained.patch_size)
-        return Extractor(backbone, self.window, self.overlap, self.zoom, self.device)
+        return Extractor.untrained(self.pretrained, self.window, self.overlap, self.zoom, self.device)
 
 
 def _read(path: Path) -> FeatureMap:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from nnssl_ext import __version__
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import write_json, write_text
 from nnssl_ext.core.geometry import Geometry, resampled_shape
+from nnssl_ext.evaluation.cost import COSTS, Cost
 from nnssl_ext.evaluation.placement import place, to_index
 from nnssl_ext.evaluation.registration import PRESETS, Settings, register_features
 from nnssl_ext.evaluation.registration_features import Describer, Images
@@ -28,11 +28,12 @@ from nnssl_ext.evaluation.registration_pairs import Pair, both, read_keypoints, 
 from nnssl_ext.io.itk import write_image
 from nnssl_ext.io.readers import read_volume
 from nnssl_ext.preprocessing.parallel import Workers, run_all
+from nnssl_ext.preprocessing.preprocessor import same_grid
 from nnssl_ext.trainers.colours import pca_rgb
 from nnssl_ext.trainers.pictures import draw_volumes
 
 INITIAL = "initial"  # the row before any registration
-METRICS = ("dice", "hd95_mm", "assd_mm", "tre_mm", "sd_log_j", "folded", "seconds")
+METRICS = ("dice", "hd95_mm", "assd_mm", "tre_mm", "epe_mm", "sd_log_j", "folded", *COSTS)
 _SHOWN, _TILES = 128, 8  # voxels of a picture's longest edge and tiles of a checkerboard along it, about
 _FIELD = {
     "unit": "mm",
@@ -97,14 +98,15 @@ class RegistrationRun:
         grid = where if self.spacing is None else where.resampled(resampled_shape(where.shape, where.spacing, [self.spacing] * 3))
         rows, label_rows = [], []
         for kind in (INITIAL, *self.kinds):
-            started, displacement = time.perf_counter(), torch.zeros(3, *where.shape)
+            displacement, cost = torch.zeros(3, *where.shape), dict.fromkeys(COSTS, math.nan)
             if kind != INITIAL:
-                features = self.describe(kind, pair, images, grid)
-                found = register_features(*features, self.mind if kind == "mind" else self.settings).cpu()
-                displacement = _rescaled(found, grid, where)
-            seconds = time.perf_counter() - started
+                with Cost(self.describe.device) as measured:
+                    features = self.describe(kind, pair, images, grid)
+                    found = register_features(*features, self.mind if kind == "mind" else self.settings).cpu()
+                    displacement = _rescaled(found, grid, where)
+                cost = measured.figures()
             row, of_labels = truth.judge(displacement)
-            rows.append({"pair": pair.name, "features": kind, **row, "seconds": seconds if kind != INITIAL else math.nan})
+            rows.append({"pair": pair.name, "features": kind, **row, **cost})
             label_rows += [{"pair": pair.name, "features": kind, "label": label, **values} for label, values in of_labels.items()]
             if kind != INITIAL:
                 folder = self.folder / pair.name / kind
@@ -136,6 +138,10 @@ class Truth:
             if len(fixed) != len(moving):
                 raise UserError(f"{len(fixed)} and {len(moving)} keypoints don't correspond", self.pair.keypoints[1], "give as many for both images")
             row["tre_mm"] = float(landmark_errors(fixed, moving, displacement.numpy(), self.fixed.spacing).mean())
+        row["epe_mm"] = math.nan
+        if self.pair.field is not None:
+            away = np.linalg.norm(world_field(displacement, self.fixed) - read_field(self.pair.field, self.fixed), axis=-1)
+            row["epe_mm"] = float((away if self.mask is None else away[self.mask]).mean())
         return row | regularity(displacement.numpy(), self.mask), of_labels
 
     def warped_labels(self, displacement: Tensor) -> np.ndarray:
@@ -157,6 +163,24 @@ def world_field(displacement: Tensor, geometry: Geometry) -> np.ndarray:
     """A displacement (3, z, y, x) in voxels as world vectors (z, y, x, 3), mm, (x, y, z)."""
     mm = displacement.numpy().astype(np.float64) * np.reshape(geometry.spacing, (3, 1, 1, 1))
     return np.einsum("ij,jzyx->zyxi", np.reshape(geometry.direction, (3, 3)), mm[::-1])
+
+
+def read_field(path: Path, geometry: Geometry) -> np.ndarray:
+    """World vectors (z, y, x, 3), mm, (x, y, z), as `write_field` writes them.
+
+    Raises:
+        UserError: unreadable, no vectors, or on another grid than `geometry`.
+    """
+    try:
+        image = SimpleITK.ReadImage(str(path), SimpleITK.sitkVectorFloat64)
+    except RuntimeError as error:
+        raise UserError("the displacement can't be read", path, "write it as disp.nii.gz of a registration") from error
+    found = SimpleITK.GetArrayFromImage(image)
+    if image.GetDimension() != 3 or found.shape != (*geometry.shape, 3):
+        raise UserError(f"a displacement of {list(found.shape)} doesn't belong to an image of {list(geometry.shape)}", path, "give one vector for each voxel")
+    if not same_grid(geometry, Geometry(found.shape[:3], image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection())):
+        raise UserError("the displacement isn't on the grid of the fixed image", path, "resample it, or take it out of the pairs")
+    return np.asarray(found)
 
 
 def write_field(folder: Path, displacement: Tensor, geometry: Geometry) -> None:

@@ -5,45 +5,17 @@ Arrays are (z, y, x), spacing is mm in that order, displacements are (3, z, y, x
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from nnssl_ext.evaluation.segmentation_metrics import dice
+from nnssl_ext.evaluation.surface_distances import SurfaceDistances
 from nnssl_ext.nn.warp import jacobian_determinant
 
 FLOOR = 1e-9  # determinants below count as this in the logarithm
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Dice coefficient of two masks; NaN where both are empty."""
-    total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
-    return 2 * int(np.count_nonzero(a & b)) / total if total else math.nan
-
-
-def surface_distances(a: np.ndarray, b: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from every surface voxel of mask a to the nearest one of mask b, and of b to a; both empty where a mask is.
-
-    Surface voxels have a neighbour across a face that is not in the mask; beyond the volume nothing is. Distances are between voxel centres.
-    """
-    if not (a.any() and b.any()):
-        return np.zeros(0), np.zeros(0)
-    box = ndimage.find_objects((a | b).astype(np.uint8))[0]
-    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (a[box], b[box])]
-    to_a, to_b = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
-    return to_b[edges[0]], to_a[edges[1]]
-
-
-def hd95(distances: tuple[np.ndarray, np.ndarray]) -> float:
-    """95 % Hausdorff distance, mm: the larger of the two directions' 95 % percentiles; NaN where a mask is empty."""
-    return float(max(np.percentile(d, 95) for d in distances)) if all(map(len, distances)) else math.nan
-
-
-def assd(distances: tuple[np.ndarray, np.ndarray]) -> float:
-    """Average symmetric surface distance, mm: the mean over the surface voxels of both masks; NaN where one is empty."""
-    return float(np.concatenate(distances).mean()) if all(map(len, distances)) else math.nan
 
 
 def label_metrics(fixed: np.ndarray, warped: np.ndarray, spacing: Sequence[float]) -> dict[int, dict[str, float]]:
@@ -51,8 +23,8 @@ def label_metrics(fixed: np.ndarray, warped: np.ndarray, spacing: Sequence[float
     result = {}
     for label in (int(value) for value in np.unique(fixed) if value):
         a, b = fixed == label, warped == label
-        distances = surface_distances(a, b, spacing)
-        result[label] = {"dice": dice(a, b), "hd95_mm": hd95(distances), "assd_mm": assd(distances)}
+        apart = SurfaceDistances.between(a, b, spacing)
+        result[label] = {"dice": dice(a, b), "hd95_mm": apart.hd95(), "assd_mm": apart.assd()}
     return result
 
 

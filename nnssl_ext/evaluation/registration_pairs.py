@@ -13,10 +13,11 @@ import numpy as np
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import read_json
 from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.evaluation import segmentation_metrics
 from nnssl_ext.io.case import stem
-from nnssl_ext.io.readers import read_volume
 from nnssl_ext.preprocessing.preprocessor import same_grid
 
+ONE = ("name", "fixed", "moving", "field")  # keys with one value
 BOTH = ("labels", "masks", "keypoints", "features", "modalities")  # keys with a value for the fixed and one for the moving image
 _T = TypeVar("_T")
 
@@ -33,6 +34,7 @@ class Pair:
         keypoints: CSV files of corresponding points: world (x, y, z) in mm a row, as SimpleITK counts; a line of names may come first.
         features: what `nnssl_features` wrote of the two, as npz.
         modalities: of the two, where the checkpoint's plan knows several.
+        field: the true displacement, in the form of disp.nii.gz (see `registration_files`), on the grid of the fixed image.
     """
 
     name: str
@@ -42,10 +44,11 @@ class Pair:
     keypoints: tuple[Path, Path] | None = None
     features: tuple[Path, Path] | None = None
     modalities: tuple[str, str] | None = None
+    field: Path | None = None
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a JSON file: a list of objects with "fixed" and "moving", perhaps "name", and two values each of `BOTH`.
+    """The pairs of a JSON file: a list of objects with "fixed" and "moving", perhaps "name" and "field", and two values each of `BOTH`.
 
     Paths are relative to the file. Without a name a pair is called FIXED_MOVING.
 
@@ -63,12 +66,12 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _pair(entry: dict[str, Any], number: int, path: Path) -> Pair:
-    unknown = sorted(set(entry) - {"name", "fixed", "moving", *BOTH})
+    unknown = sorted(set(entry) - {*ONE, *BOTH})
     if unknown:
-        raise UserError(f"pair {number} has the unknown key '{unknown[0]}'", path, f"known: name, fixed, moving, {', '.join(BOTH)}")
+        raise UserError(f"pair {number} has the unknown key '{unknown[0]}'", path, f"known: {', '.join((*ONE, *BOTH))}")
     if not all(isinstance(entry.get(key), str) for key in ("fixed", "moving")):
         raise UserError(f"pair {number} doesn't name its two images", path, 'give it "fixed" and "moving"')
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"field": path.parent / str(entry["field"])} if entry.get("field") else {}
     for key in BOTH:
         value = entry.get(key)
         if value is not None:
@@ -91,12 +94,12 @@ def read_labels(path: Path, geometry: Geometry) -> np.ndarray:
     """A label map or mask, int32 (z, y, x).
 
     Raises:
-        UserError: unreadable, or on another grid than the image.
+        UserError: unreadable, no label map, or on another grid than the image.
     """
-    labels, other = read_volume(path, constant=True)
+    labels, other = segmentation_metrics.read_labels(path)
     if not same_grid(geometry, other):
         raise UserError("the label map isn't on the grid of its image", path, "resample it, or take it out of the pairs")
-    return labels.astype(np.int32)
+    return labels
 
 
 def read_keypoints(path: Path) -> np.ndarray:

@@ -31,12 +31,17 @@ def write_results(out: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping
     """
     base = out.with_suffix("") if out.suffix in (".csv", ".json") else out
     table, record = (base.with_name(base.name + ending) for ending in (".csv", ".json"))
-    with atomic_path(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    write_table(table, rows)
+    write_json(record, {**without_nan(summary), "nnssl_ext": __version__})
+    return table, record
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, atomically; the first one names the columns, figures that don't exist stay empty."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({key: "" if _unknown(value) else value for key, value in row.items()} for row in rows)
-    write_json(record, {**_without_nan(summary), "nnssl_ext": __version__})
-    return table, record
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,9 +55,10 @@ def _unknown(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """A value for JSON: null in place of NaN and infinity."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if _unknown(value) else value

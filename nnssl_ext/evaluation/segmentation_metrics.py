@@ -56,14 +56,20 @@ def segmentation_metrics(
     return {label: _figures(predicted == label, known == label, spacing, tolerance) for label in labels}
 
 
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    """Dice coefficient of two masks; NaN where both are empty."""
+    sizes = int(first.sum()) + int(second.sum())
+    return 2 * int((first & second).sum()) / sizes if sizes else math.nan
+
+
 def _figures(predicted: np.ndarray, known: np.ndarray, spacing: Sequence[float], tolerance: float) -> dict[str, float]:
-    sizes = int(predicted.sum()) + int(known.sum())
-    if sizes == 0:
+    overlap = dice(predicted, known)
+    if math.isnan(overlap):
         return dict.fromkeys(METRICS, math.nan)
     if not (predicted.any() and known.any()):
-        return {"dice": 0.0, "nsd": 0.0, "hd95": math.nan}
+        return {"dice": overlap, "nsd": 0.0, "hd95": math.nan}
     apart = SurfaceDistances.between(predicted, known, spacing)
-    return {"dice": 2 * int((predicted & known).sum()) / sizes, "nsd": apart.nsd(tolerance), "hd95": apart.hd95()}
+    return {"dice": overlap, "nsd": apart.nsd(tolerance), "hd95": apart.hd95()}
 
 
 def evaluate(predictions: Sequence[Path], reference: Path, tolerance: float) -> list[Figures]:

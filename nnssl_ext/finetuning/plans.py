@@ -17,13 +17,13 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import read_json, sha256_json, write_json
 from nnssl_ext.core.paths import root
-from nnssl_ext.finetuning.networks import FROZEN, FULL_RESOLUTION_STRIDES, LINEAR, PLANNED, FullResolution
+from nnssl_ext.finetuning.networks import ADAPTER, FROZEN, FULL_RESOLUTION_STRIDES, LINEAR, MLP, PLANNED, FullResolution
 from nnssl_ext.finetuning.pretrained import Pretrained
 
 LIKE_PRETRAINED, OWN = "like_pretrained", "own"
 FULL, ENCODER = "full", "encoder"
-MODES = {FULL: PLANNED, ENCODER: PLANNED, "frozen": FROZEN, "linear": LINEAR}  # what a plan names in place of the library's networks
-FREEZING = ("frozen", "linear")  # modes
+FREEZING = {"frozen": FROZEN, "adapter": ADAPTER, "mlp": MLP, "linear": LINEAR}
+MODES = {FULL: PLANNED, ENCODER: PLANNED, **FREEZING}  # what a plan names in place of the library's networks
 _KEY = "nnssl_finetuning"  # of a plan: what our trainers and the export read in it
 _OWN_SPACING = ("noresample", "median")  # pretraining configurations without a spacing of their own: nnU-Net needs one, the dataset decides
 _MIN_BATCH_SIZE = 2
@@ -39,8 +39,8 @@ class PlanOptions:
         spacing: "like_pretrained" or "own" (nnU-Net's choice for the dataset), also for the axis across which slices lie.
         patch_size: voxels, (z, y, x), of slices along two axes; None takes the pretraining's, of slices whole ones, see `patch_and_batch`.
         batch_size: None takes the pretraining's, at least 2.
-        mode: "full" hands over all that was pretrained, "encoder" only the encoder; "frozen" does not train it, either, and "linear" trains
-            nothing but linear maps of its features.
+        mode: "full" hands over all that was pretrained, "encoder" only the encoder; the others don't train it, either, but a
+            decoder: "frozen" the network's own one, "adapter" upsampling layers, "mlp" an all-MLP decoder, "linear" linear maps alone.
         cases: how many labelled cases of a fold are trained on: a number, or a fraction (float) of them; None takes all.
     """
 
@@ -241,7 +241,9 @@ def _architecture(pretrained: Pretrained, patch_size: Sequence[int], mode: str) 
     planned = MODES[mode].get(name.rsplit(".", 1)[-1])
     if mode in FREEZING:
         if planned is None:
-            raise UserError(f"{name.rsplit('.', 1)[-1]} has no -mode {mode}", "option -mode", "use -mode full or -mode encoder")
+            short = name.rsplit(".", 1)[-1]
+            others = [other for other, networks in MODES.items() if other not in FREEZING or short in networks]
+            raise UserError(f"{short} has no -mode {mode}", "option -mode", f"use -mode {', '.join(others[:-1])} or {others[-1]}")
         kwargs["frozen"] = list(pretrained.encoder().modules)
     if planned is not None:
         name = f"{planned.__module__}.{planned.__name__}"

@@ -20,6 +20,7 @@ from nnssl_ext.nn.backbones.base import Backbone, backbone_class, build_backbone
 from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.model_folder import locate
 
 _NEEDED = ("trainer_name", "family", "configuration", "plan", "nnssl_adaptation_plan")
 REGISTERS = "register_tokens"  # of Primus, a parameter; their positions come before those of the patches
@@ -30,7 +31,7 @@ class Pretrained:
     """A pretraining checkpoint, read.
 
     Args:
-        path: the checkpoint's file.
+        path: the checkpoint's file, or the folder of a shared model.
         method: name of the SSL method, letters and digits.
         family: backbone family.
         configuration: name of the pretraining configuration.
@@ -53,11 +54,12 @@ class Pretrained:
 
     @staticmethod
     def load(path: Path | str) -> Pretrained:
-        """Read a checkpoint that `nnssl_train` wrote.
+        """Read a checkpoint that `nnssl_train` wrote, or a model that was made of one to be shared; see `load_checkpoint`.
 
         Raises:
             UserError: unreadable file, or one without plan and adaptation plan.
         """
+        path = locate(path)
         content = load_checkpoint(path)
         missing = [key for key in _NEEDED if key not in content]
         if missing:
@@ -71,7 +73,7 @@ class Pretrained:
         if bad:
             raise UserError(f"the pretrained weights hold NaN or infinity: {', '.join(bad[:3])}", path, "use an earlier checkpoint of the same folder")
         return Pretrained(
-            path=Path(path),
+            path=path,
             method=re.sub(r"[^A-Za-z0-9]", "", content["trainer_name"].removesuffix("Trainer")) or "SSL",
             family=content["family"],
             configuration=content["configuration"],

@@ -14,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimu
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.finetuning.layers import finetuning_groups
 from nnssl_ext.finetuning.plans import finetuning_options
 from nnssl_ext.finetuning.subsets import nested_subset
 
@@ -87,6 +88,48 @@ class nnsslSegFormerTrainer_150ep(nnsslSegFormerTrainer):
     epochs, warm_up = 150, 15
 
 
+class _LayerDecay(nnUNetTrainer_warmup):
+    """Learning rates that fall block by block from the decoder down to the stem; vectors, positions and registers get no weight decay.
+
+    Attributes:
+        layer_decay: factor from a block to the one below it.
+
+    Source: Clark et al. 2020, arXiv:2003.10555; the factor is that of He et al. 2022, arXiv:2111.06377, table 9.
+    """
+
+    layer_decay: ClassVar[float] = 0.75
+
+    def configure_optimizers(self, stage: str = "warmup_all") -> Any:
+        former = self.optimizer
+        optimizer, schedule = super().configure_optimizers(stage)
+        if optimizer is not former:
+            optimizer.param_groups.clear()
+            for group in finetuning_groups(unwrapped(self.network), self.weight_decay, self.layer_decay):
+                optimizer.add_param_group(group)
+        return optimizer, schedule
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()  # gives every group the schedule's rate
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group["lr_scale"]
+
+
+class nnsslPrimusTrainer_lld(_LayerDecay, nnsslPrimusTrainer):
+    """Primus with layer-wise learning-rate decay."""
+
+
+class nnsslPrimusTrainer_lld_150ep(nnsslPrimusTrainer_lld):
+    epochs, warm_up = 150, 15
+
+
+class nnsslSegFormerTrainer_lld(_LayerDecay, nnsslSegFormerTrainer):
+    """SegFormer3D with layer-wise learning-rate decay."""
+
+
+class nnsslSegFormerTrainer_lld_150ep(nnsslSegFormerTrainer_lld):
+    epochs, warm_up = 150, 15
+
+
 class _Short(_Schedule):
     """`$nnssl_finetune_epochs` (2) of `$nnssl_finetune_iterations` (5) each, warm-up a tenth, no mirroring: for trials on the CPU."""
 
@@ -121,12 +164,26 @@ class nnsslSegFormerTrainer_short(_Short, nnsslSegFormerTrainer):
     learning_rate = nnsslPrimusTrainer_short.learning_rate
 
 
+class nnsslPrimusTrainer_lld_short(_LayerDecay, nnsslPrimusTrainer_short):
+    """The smallest ones with layer-wise learning-rate decay."""
+
+
+class nnsslSegFormerTrainer_lld_short(_LayerDecay, nnsslSegFormerTrainer_short):
+    """The smallest ones with layer-wise learning-rate decay."""
+
+
 DEFAULT_TRAINERS = {
     "resenc": nnsslResEncTrainer.__name__,
     "primus": nnsslPrimusTrainer.__name__,
     "primus_v2": nnsslPrimusTrainer.__name__,
     "segformer3d": nnsslSegFormerTrainer.__name__,
 }
+
+
+def unwrapped(network: Any) -> Any:
+    """A network without the shells of processes and of compilation."""
+    network = getattr(network, "module", network)
+    return getattr(network, "_orig_mod", network)
 
 
 def _positive(variable: str, default: int) -> int:

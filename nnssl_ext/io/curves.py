@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -27,32 +28,54 @@ def curves(series: Mapping[str, Points], x_label: str = "epoch") -> str:
     xs, ys = ticks(*_range(drawn, 0), whole=True), ticks(*_range(drawn, 1))
     x_low, x_high = _range(drawn, 0)
     x_low, x_high = (x_low - 0.5, x_high + 0.5) if x_low == x_high else (x_low, x_high)
-    y_low, y_high = min(ys), max(ys)
-
-    def x_of(value: float) -> float:
-        return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-
-    def y_of(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(drawn))}">']
-    for y in ys:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in (x for x in xs if x_low <= x <= x_high):
-        parts.append(f'<text x="{x_of(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(x)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
+    frame = Frame(x_low, x_high, min(ys), max(ys))
+    parts = frame.opening(", ".join(drawn), {x: _number(x) for x in xs if x_low <= x <= x_high}, ys, x_label)
     for number, (name, (x_values, y_values)) in enumerate(drawn.items()):
-        points = [f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in _thinned(list(zip(x_values, y_values)))]
+        points = [f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in _thinned(list(zip(x_values, y_values)))]
         style = f'stroke="{COLOURS[number % len(COLOURS)]}"' + (' stroke-dasharray="5 4"' if name.startswith("val") else "")
         parts.append(f'<polyline fill="none" stroke-width="1.8" {style} points="{" ".join(points)}"/>')
         if len(points) == 1:
             parts.append(f'<circle r="3" fill="{COLOURS[number % len(COLOURS)]}" cx="{points[0].split(",")[0]}" cy="{points[0].split(",")[1]}"/>')
-    legend = [
-        f'<span><i style="background:{COLOURS[n % len(COLOURS)]}"></i>{escape(name)}&nbsp;<b>{_number(drawn[name][1][-1])}</b></span>'
-        for n, name in enumerate(drawn)
-    ]
-    return "".join([*parts, "</svg>", '<div class="legend">', *legend, "</div>"])
+    entries = [(COLOURS[n % len(COLOURS)], name, f"&nbsp;<b>{_number(drawn[name][1][-1])}</b>") for n, name in enumerate(drawn)]
+    return "".join([*parts, "</svg>", legend(entries)])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the values of a drawing lie in it."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+    def opening(self, name: str, xs: Mapping[float, str], ys: Sequence[float], x_label: str) -> list[str]:
+        """The opening SVG tag with grid and ticks.
+
+        Args:
+            name: for those who can't see the drawing.
+            xs: texts of the x axis by place.
+            ys: ticks of the y axis.
+            x_label: below the x axis.
+        """
+        parts = [f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
+        for y in ys:
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{self.y(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
+        parts += [f'<text x="{self.x(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>' for x, text in xs.items()]
+        return [*parts, f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>']
+
+
+def legend(entries: Sequence[tuple[str, str, str]]) -> str:
+    """Below a drawing: colour, name and what follows it (HTML) of each line."""
+    spans = [f'<span><i style="background:{colour}"></i>{escape(name)}{after}</span>' for colour, name, after in entries]
+    return "".join(['<div class="legend">', *spans, "</div>"])
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:

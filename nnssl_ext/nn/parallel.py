@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn import distributed
 
-PARTS = ("EvaBlock", "SegFormerBlock", "StackedResidualBlocks", "StackedConvBlocks")  # names: importing EvaBlock takes five seconds
+PARTS = ("EvaBlock", "SegFormerBlock", "CrossAttentionBlock", "StackedResidualBlocks", "StackedConvBlocks")  # names: importing EvaBlock takes five seconds
 SHARDINGS = ("ddp", "fsdp")
 
 

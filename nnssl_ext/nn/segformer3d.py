@@ -169,13 +169,14 @@ class Decoder(nn.Module):
         widths: channels of the levels, finest first.
         width: of the decoder.
         classes: of the segmentation layer, which `SegFormer3D` applies.
+        axes: 2 for maps of slices.
     """
 
-    def __init__(self, widths: Sequence[int], width: int, classes: int) -> None:
+    def __init__(self, widths: Sequence[int], width: int, classes: int, axes: int = 3) -> None:
         super().__init__()
         self.stages = nn.ModuleList(nn.Linear(level, width) for level in widths)
         self.fuse, self.norm = nn.Linear(len(widths) * width, width), nn.LayerNorm(width)
-        self.seg_layers = nn.ModuleList([nn.Conv3d(width, classes, 1)])
+        self.seg_layers = nn.ModuleList([{2: nn.Conv2d, 3: nn.Conv3d}[axes](width, classes, 1)])
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Dense features (B, width, ...) in the resolution of the first map."""
@@ -195,5 +196,5 @@ def volume(x_BNC: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def upsample(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Trilinear, align_corners=False; itself where it has this shape."""
-    return x if x.shape[2:] == tuple(shape) else F.interpolate(x, tuple(shape), mode="trilinear")
+    """Trilinear (of slices bilinear), align_corners=False; itself where it has this shape."""
+    return x if x.shape[2:] == tuple(shape) else F.interpolate(x, tuple(shape), mode={2: "bilinear", 3: "trilinear"}[len(shape)])

@@ -18,6 +18,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import atomic_path
 from nnssl_ext.core.plan import ConfigPlan
 from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.trainers.model_folder import locate, read_model
 
 FORMAT_VERSION = 1
 _MARK = b"nnssl sha256 "
@@ -94,28 +95,32 @@ def load_checkpoint(path: Path | str, foreign: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU; only tensors and plain types are accepted.
 
     Args:
-        path: the file.
+        path: the file; or the folder of a shared model, or its name on the Hugging Face Hub, `hf://owner/name[@revision]`.
         foreign: accept also one of nnssl, which has no format version.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint or of another format version.
     """
-    path = Path(path)
-    if path.is_file():
-        _check_hash(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError("checkpoint not found", path, "give the path of a checkpoint_*.pth") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"the checkpoint can't be read: {reason}", path, "use another checkpoint of the same folder") from None
+    path = locate(path)
+    content = read_model(path) if path.is_dir() else _load(path)
     if not isinstance(content, dict) or "network_weights" not in content:
         raise UserError("not a pretraining checkpoint (it has no 'network_weights')", path, "give a checkpoint that nnssl_train wrote")
     version = content.get("format_version")
     if version != FORMAT_VERSION and not (foreign and version is None):
         raise UserError(f"checkpoint format version {version}, this version reads {FORMAT_VERSION}", path, "use the version of nnssl_ext that wrote it")
     return content
+
+
+def _load(path: Path) -> Any:
+    if path.is_file():
+        _check_hash(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError("checkpoint not found", path, "give the path of a checkpoint_*.pth, or hf://owner/name for a model of the Hugging Face Hub") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"the checkpoint can't be read: {reason}", path, "use another checkpoint of the same folder") from None
 
 
 def load_latest(folder: Path) -> dict[str, Any]:

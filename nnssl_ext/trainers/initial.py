@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from nnssl_ext.core.adaptation import decoder_modules
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.core.files import sha256_file
 from nnssl_ext.core.paths import RESULTS, root
 from nnssl_ext.nn import parallel
 from nnssl_ext.nn.backbones.base import Backbone
 from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint
+from nnssl_ext.trainers.model_folder import locate, model_sha256, repository
 
 if TYPE_CHECKING:
     from nnssl_ext.trainers.base import SSLTrainer
@@ -33,6 +33,7 @@ class Initial:
 
     Args:
         identity: "file", relative to $nnssl_results where it lies there, else its name alone; "sha256"; "method" and "step" of its run.
+            Of a shared model, "file" is its folder or its name on the Hugging Face Hub, and the hash is that of its weights.
         content: of the checkpoint; empty in a run that has begun and needs no more of it.
     """
 
@@ -44,7 +45,7 @@ class Initial:
         """Read a checkpoint.
 
         Args:
-            path: of the file; also relative to $nnssl_results.
+            path: of the file, or what else `load_checkpoint` takes; also relative to $nnssl_results.
             begun: the run has begun, and the digits behind "init=" in its folder's name are enough.
 
         Raises:
@@ -53,14 +54,15 @@ class Initial:
         if begun and re.fullmatch(rf"[0-9a-f]{{{_DIGITS}}}", path):
             return Initial({"sha256": path})
         results = root(RESULTS).resolve()
-        file = (Path(path) if Path(path).exists() else results / path).resolve()
+        remote = repository(path) is not None
+        file = (locate(path) if remote or Path(path).exists() else results / path).resolve()
         if begun and not file.exists():
             raise UserError("checkpoint not found", f"option -init {path}", "give instead the digits behind init= in the name of the run's folder")
         content = load_checkpoint(file, foreign=True)
         if "nnssl_adaptation_plan" not in content:
             raise UserError("the checkpoint lacks nnssl_adaptation_plan", file, "give a checkpoint that nnssl_train or nnssl wrote")
-        name = file.relative_to(results).as_posix() if file.is_relative_to(results) else file.name
-        return Initial({"file": name, "sha256": sha256_file(file), "method": content.get("trainer_name"), "step": content.get("step")}, content)
+        name = path if remote else file.relative_to(results).as_posix() if file.is_relative_to(results) else file.name
+        return Initial({"file": name, "sha256": model_sha256(file), "method": content.get("trainer_name"), "step": content.get("step")}, content)
 
     @property
     def tag(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.core.files import atomic_path
 from nnssl_ext.data.loader import Batch
-from nnssl_ext.nn.backbones.base import Backbone
+from nnssl_ext.nn.backbones.base import feature_level as feature_level
 from nnssl_ext.nn.tokens import voxel_mask
 from nnssl_ext.trainers.colours import pca_rgb
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PLANES = ("axial", "coronal", "sagittal")
 TILE, GAP, MARGIN, LINE = 150, 4, 92, 18  # pixels: a slice's longest edge, between slices, captions at the left, a line of text
 SAMPLES, VIEWS = 2, 4  # that are shown, at most
-COARSEST = 8  # voxels per cell of the feature map that is shown, at most (unless the network has none as fine)
 
 Slices = tuple[np.ndarray, np.ndarray, np.ndarray]
 Rows = Sequence[Mapping[str, np.ndarray | Slices | str]]
@@ -41,8 +40,7 @@ def draw_run(trainer: SSLTrainer, batch: Batch, path: Path) -> None:
         shape = (backbone.channels, *trainer.config_plan.patch_size)
         view = next((v for v in batch.values() if v.image.shape[1:] == shape), None)
         if view is not None and "pyramid" in backbone.supports:
-            level = feature_level(backbone)
-            colours = pca_rgb(backbone.pyramid(view.image[: len(rows)])[level].float())
+            colours = pca_rgb(backbone.dense(view.image[: len(rows)]).float())
             for row, image, colour in zip(rows, view.image.float().cpu().numpy(), colours):
                 row["features (PCA)"] = blend(image[0], colour)
     draw_volumes(rows, path, f"{type(trainer).__name__}, {trainer.family}, step {trainer.next_step}", trainer.config_plan.spacing_for((1.0, 1.0, 1.0)))
@@ -85,12 +83,6 @@ def _grey(image: np.ndarray) -> np.ndarray:
     low, high = np.percentile(image, (1, 99))
     grey: np.ndarray = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
     return grey
-
-
-def feature_level(backbone: Backbone) -> int:
-    """Index of the deepest map whose cells are still small enough to recognise anatomy."""
-    fine = [level for level, strides in enumerate(backbone.strides) if max(strides) <= COARSEST]
-    return fine[-1] if fine else 0
 
 
 def enlarge(grid: np.ndarray, shape: Sequence[int]) -> np.ndarray:

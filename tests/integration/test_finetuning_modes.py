@@ -85,6 +85,10 @@ def test_encoder_hands_over_no_decoder(ready, tmp_path):
         ("primus_v2", "linear", PRIMUS),
         ("segformer3d", "frozen", "nnUNetTrainer"),
         ("segformer3d", "linear", "nnUNetTrainer"),
+        ("primus", "adapter", "nnUNetTrainer"),
+        ("primus_v2", "adapter", PRIMUS),
+        ("primus", "mlp", PRIMUS),
+        ("resenc", "mlp", "nnUNetTrainer"),
     ],
 )
 def test_a_frozen_encoder_stays_bitwise_what_was_pretrained(ready, tmp_path, family, mode, trainer):
@@ -101,8 +105,9 @@ def test_a_frozen_encoder_stays_bitwise_what_was_pretrained(ready, tmp_path, fam
     assert all(torch.equal(after[key], before[key]) for key, _ in nnunet.network.named_buffers())
     changed = {name for name in trained if not torch.equal(before[name], after[name])}
     assert changed and not changed & frozen and {id(tensor) for tensor in nnunet.optimizer.state} <= {id(trained[name]) for name in trained.keys() - frozen}
-    if mode == "linear":
+    if mode != "frozen":
         assert changed == trained.keys() - frozen  # all of it learns
+    if mode == "linear":
         widths = pretrained.backbone(1, pretrained.patch_size).widths
         assert sum(trained[name].numel() for name in changed) == CLASSES * (sum(widths) + 1)
 
@@ -136,7 +141,7 @@ def test_a_run_trains_on_a_nested_subset_and_validates_on_the_whole_fold(ready, 
     assert set(nnunet.dataloader_train.data_loader._data.identifiers) == former
 
 
-@pytest.mark.parametrize("mode", ["frozen", "linear"])
+@pytest.mark.parametrize("mode", ["frozen", "mlp", "linear"])
 def test_a_network_of_slices_is_frozen_too(tmp_path, monkeypatch, mode):
     roots = make_roots(tmp_path, monkeypatch)
     pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc", configuration="2d"))

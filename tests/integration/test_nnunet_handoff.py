@@ -231,6 +231,7 @@ def preprocessed(tmp_path_factory):
         ("primus", None, "nnsslPrimusTrainer_short"),
         ("segformer3d", None, "nnUNetTrainer"),
         ("segformer3d", None, "nnsslSegFormerTrainer_short"),
+        ("primus_v2", None, "nnsslPrimusTrainer_lld_short"),
     ],
 )
 def test_a_trainer_takes_the_file_and_makes_a_step(preprocessed, tmp_path, monkeypatch, family, size, trainer):
@@ -268,14 +269,15 @@ def test_a_trainer_takes_the_file_and_makes_a_step(preprocessed, tmp_path, monke
     assert logits.shape == (3, 36, 40, 36) and bool(torch.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("trainer", ["nnsslResEncTrainer_short", "nnsslPrimusTrainer_short"])
+@pytest.mark.parametrize("trainer", ["nnsslResEncTrainer_short", "nnsslPrimusTrainer_short", "nnsslSegFormerTrainer_lld_short"])
 def test_a_training_with_warm_up_continues_from_its_checkpoint(preprocessed, tmp_path, monkeypatch, trainer):
     for variable, path in preprocessed.items():
         monkeypatch.setenv(variable, str(path))
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_extTrainer", str(export_module.TRAINER_FOLDER))
     monkeypatch.setenv("nnssl_finetune_epochs", "3")
-    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", "resenc" if "ResEnc" in trainer else "primus"))
+    family = next(family for name, family in (("ResEnc", "resenc"), ("Primus", "primus"), ("SegFormer", "segformer3d")) if name in trainer)
+    pretrained = Pretrained.load(make_checkpoint(tmp_path / "c.pth", family))
     handoff = hand_off(pretrained, "Dataset901_Tiny", PlanOptions(), trainer)
     first, second = (get_trainer_from_args("901", "3d_fullres", 0, trainer, handoff.plans.stem, False, torch.device("cpu")) for _ in range(2))
     first.initialize()
@@ -298,6 +300,7 @@ def test_a_training_with_warm_up_continues_from_its_checkpoint(preprocessed, tmp
         ("segformer3d", "nnsslSegFormerTrainer_short", []),
         ("resenc", "nnsslResEncTrainer_short", ["-mode", "linear", "-n", "2"]),
         ("primus", "nnsslPrimusTrainer_short", ["-mode", "linear", "-ratio", "0.5"]),
+        ("primus", "nnsslPrimusTrainer_lld_short", ["-mode", "adapter", "-n", "2"]),
     ],
 )
 def test_the_real_console_programs_fine_tune_predict_and_evaluate(roots, tmp_path, monkeypatch, capfd, family, trainer, options):

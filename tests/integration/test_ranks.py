@@ -21,7 +21,8 @@ from tests.toy_trainers import ToyEMATrainer
 
 ROOT = Path(__file__).parents[2]
 STEPS, GLOBAL = 3, 4  # optimiser steps, samples of each over all ranks
-SHARDED = [pair for pair in PAIRS if pair.cls is MAETrainer or str(pair) in ("ToyEMATrainer-primus", "DINOv2Trainer-primus", "SparkMAETrainer-resenc")]
+FURTHER = ("ToyEMATrainer-primus", "DINOv2Trainer-primus", "SparkMAETrainer-resenc", "CroCo3DTrainer-primus", "MultiMAETrainer-primus")
+SHARDED = [pair for pair in PAIRS if pair.cls is MAETrainer or str(pair) in FURTHER]
 MAE, EMA = (Pair(cls, "primus") for cls in (MAETrainer, ToyEMATrainer))
 WORK = """
 import sys, torch

@@ -18,11 +18,14 @@ from benchmarks.learning.pretrain import methods
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import Baseline, Trial
 from benchmarks.learning.suite import FINE_TUNING, SUITE, Entry
+from benchmarks.phantoms import PhantomPairs
 from nnssl_ext.benchmark import units
 from nnssl_ext.benchmark.lanes import finish_all
 from nnssl_ext.benchmark.quick import seed_all
 from nnssl_ext.benchmark.units import RECORD, Unit, finish
 from nnssl_ext.core.files import write_json
+from nnssl_ext.data.sessions import read_sessions
+from nnssl_ext.evaluation.phantom import make_phantom
 from nnssl_ext.nn.backbones.base import check_support, families
 from tests.toy_units import double
 
@@ -189,6 +192,33 @@ def test_clusters_of_an_earlier_method_are_what_the_next_one_learns_from(tmp_pat
     assert labels.shape == (6, 1, 32, 32, 32) and found["clusters"] == labels.max() == 10
     assert ((labels[:, 0] > 0) == body).all()
     assert sum(found["shares"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_pairs_are_made_for_methods_that_learn_from_them_and_change_nothing_else(tmp_path, monkeypatch):
+    few_phantoms(monkeypatch)
+    monkeypatch.setattr(study, "PATCH", 16)
+    data = Data(tmp_path)
+    phantoms.make(data.cohort, 1, 32, 6.0)
+    before = {path: path.read_bytes() for path in data.cohort.iterdir()}
+    digest = data.prepare_pairs(1)
+    assert {path: path.read_bytes() for path in data.cohort.iterdir()} == before
+    written = (data.pairs / "images.npy").stat().st_mtime_ns
+    assert data.prepare_pairs(1) == digest and (data.pairs / "images.npy").stat().st_mtime_ns == written
+    store = PhantomPairs(data.cohort, data.pairs)
+    assert len(store) == 12 and store.subject(1) == store.subject(7) != store.subject(2) and len(set(store.identifiers)) == 12
+    assert set(read_sessions(store).images(1)) == {"CT", "MR"}
+    for case, modality in ((1, "CT"), (7, "MR")):
+        made, image = make_phantom(0, 1, (32,) * 3, (6.0,) * 3, modality), store.read(case)[0]
+        assert np.array_equal(store.read(case, ((4, 20),) * 3)[0], image[4:20, 4:20, 4:20])
+        assert np.corrcoef(made.image.clip(*(np.percentile(made.image, (0.5, 99.5)))).ravel(), image.ravel())[0, 1] > 0.9
+    assert np.array_equal(store.read(1), phantoms.PhantomStore(data.cohort).read(1)) and store.fill(7) == [float(store.read(7)[0, 0, 0, 0])]
+    assert abs(store.read(7)[0][make_phantom(0, 1, (32,) * 3, (6.0,) * 3, "MR").body].mean()) < 1e-2
+    entry = Entry("MultiMAETrainer", "primus", 5, 2, {"decoder_depth": 1, "decoder_width": 48})
+    unit = study.trial(entry, [0], "digest", digest).pretrained[0]
+    assert finish(unit, tmp_path)["result"]["steps"] == 5
+    assert study.trial(entry, [0], "digest", "other").pretrained[0].digest != unit.digest
+    plain = [study.trial(Entry("MAETrainer", "primus", 5, 2), [0], "digest", pairs).pretrained[0] for pairs in (None, digest)]
+    assert plain[0].identity == plain[1].identity and "pairs" not in plain[0].settings
 
 
 @pytest.mark.slow

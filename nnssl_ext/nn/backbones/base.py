@@ -16,6 +16,8 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.plan import ConfigPlan
 from nnssl_ext.core.registry import all_classes
 
+COARSEST = 8  # voxels per cell of the map that is taken for dense features, at most (unless the network has none as fine)
+
 
 class Backbone(nn.Module):
     """An encoder (with decoder where the family has one) that SSL methods train and nnU-Net takes over.
@@ -75,6 +77,20 @@ class Backbone(nn.Module):
         """Global average of the deepest map, (B, widths[-1])."""
         return self.pyramid(x)[-1].flatten(2).mean(2)
 
+    def dense(self, x: Tensor) -> Tensor:
+        """One map that tells what is where, for pictures, probes and registration: (B, dense_width, z/dense_stride, ...)."""
+        return self.pyramid(x)[feature_level(self)]
+
+    @property
+    def dense_stride(self) -> tuple[int, ...]:
+        """Voxels per cell of `dense`, (z, y, x)."""
+        return tuple(self.strides[feature_level(self)])
+
+    @property
+    def dense_width(self) -> int:
+        """Channels of `dense`."""
+        return self.widths[feature_level(self)]
+
     def adaptation(self) -> EncoderKeys:
         """Where encoder, stem, input projection and positions lie in `network_weights`."""
         raise self._cannot("adaptation")
@@ -85,6 +101,12 @@ class Backbone(nn.Module):
 
     def _cannot(self, what: str) -> UserError:
         return UserError(f"the {self.family} backbone has no '{what}'", type(self).__name__, f"it offers: {', '.join(sorted(self.supports))}")
+
+
+def feature_level(backbone: Backbone) -> int:
+    """Index of the deepest map whose cells are still small enough to recognise anatomy."""
+    fine = [level for level, strides in enumerate(backbone.strides) if max(strides) <= COARSEST]
+    return fine[-1] if fine else 0
 
 
 def resolve(kwargs: dict[str, Any], imports: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnssl_ext.core.adaptation import EncoderKeys
@@ -16,7 +17,8 @@ from nnssl_ext.nn.segformer3d import upsample
 class SegFormer3DBackbone(Backbone):
     """Encoder and decoder of a SegFormer3D; its segmentation layer stays unused and untrained.
 
-    The finest map has cells of about four voxels; so have the decoder's features before they are interpolated.
+    The finest map has cells of about four voxels; so have the decoder's features before they are interpolated, and the dense
+    features: all maps, interpolated as for the decoder and side by side.
 
     Source: Perera et al. 2024, arXiv:2404.10156.
     """
@@ -36,6 +38,18 @@ class SegFormer3DBackbone(Backbone):
     def pyramid(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = self.net.encoder(x)
         return maps
+
+    def dense(self, x: Tensor) -> Tensor:
+        maps = self.pyramid(x)
+        return torch.cat([upsample(level, maps[0].shape[2:]) for level in maps], 1)
+
+    @property
+    def dense_stride(self) -> tuple[int, ...]:
+        return tuple(self.strides[0])
+
+    @property
+    def dense_width(self) -> int:
+        return sum(self.widths)
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         return self.project(maps, nn.Identity())

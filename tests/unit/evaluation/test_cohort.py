@@ -7,6 +7,7 @@ import SimpleITK as sitk
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.evaluation import cohort, demo_data
 from nnssl_ext.evaluation.anatomy import LABELS
+from nnssl_ext.evaluation.deform import warp
 from nnssl_ext.evaluation.torso import ORGANS, SCANS
 
 
@@ -42,6 +43,15 @@ def test_labels_move_with_the_image_and_no_label_is_invented(scans):
     assert set(np.unique(volume.labels)) <= set(np.unique(scan.labels))
     for values, low, high in ((SCANS["abdomen_ct"].label_names["spine"], 150, 260), (SCANS["abdomen_ct"].label_names["liver"], 30, 60)):
         assert low < volume.image[np.isin(volume.labels, values)].mean() < high  # HU of bone and liver
+
+
+@pytest.mark.network
+def test_the_displacement_of_a_pair_leads_from_the_fixed_to_the_moving_volume(scans):
+    pair = cohort.derive_pair(0, 1, "spine_ct", 12.0)
+    spacing, displacement = pair.moving.geometry.spacing, pair.displacement
+    assert 2 < np.sqrt((displacement**2).sum(0)).max() <= 12 and pair.fixed.geometry == pair.moving.geometry
+    found = [(warp(pair.moving.labels, field, spacing, order=0) == pair.fixed.labels).mean() for field in (displacement, 0 * displacement)]
+    assert found[0] > 0.97 > found[1]  # interpolating twice moves some boundaries by a voxel
 
 
 @pytest.mark.network

@@ -51,7 +51,7 @@ def test_a_volume_that_is_one_window_large_has_the_features_of_the_backbone_bit_
     image = volume(*extractor.size, channels=channels)
     found = extractor.features(image, geometry(image))
     with torch.no_grad():
-        expected = backbone_of(family, channels).eval().pyramid(torch.from_numpy(image)[None])[extractor.level][0]
+        expected = backbone_of(family, channels).eval().dense(torch.from_numpy(image)[None])[0]
     assert found.values.dtype == np.float32 and np.array_equal(found.values, expected.numpy()) and found.values.std() > 0
 
 
@@ -66,7 +66,7 @@ def test_slices_have_the_same_features_one_by_one_and_several_at_a_time(axis):
     np.testing.assert_allclose(alone.values, several.values, atol=1e-4)
     with torch.no_grad():  # one window of each slice holds it all
         part = np.take(image, [2], axis + 1)[:, :16, :16, :16]
-        expected = backbone.pyramid(torch.from_numpy(part)[None])[Extractor(backbone).level][0].numpy()
+        expected = backbone.dense(torch.from_numpy(part)[None])[0].numpy()
     np.testing.assert_allclose(Extractor(backbone).features(part, geometry(part)).values, expected, atol=1e-5)
 
 

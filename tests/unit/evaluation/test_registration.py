@@ -1,6 +1,7 @@
 """Registration by features against known displacements."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,14 @@ from scipy import ndimage
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.evaluation.control_grids import LegacyGrids
+from nnssl_ext.evaluation.coupled_convex import convex_registration, coupled_convex, dissimilarity
+from nnssl_ext.evaluation.feature_files import write_npz
 from nnssl_ext.evaluation.features import FeatureMap
 from nnssl_ext.evaluation.mind import mind_ssc
 from nnssl_ext.evaluation.registration import PRESETS, Settings, common_components, register_features
+from nnssl_ext.evaluation.registration_features import Describer, Images
+from nnssl_ext.evaluation.registration_pairs import Pair
 from nnssl_ext.nn.registration_losses import end_point_error
 from nnssl_ext.nn.warp import warp
 
@@ -86,6 +92,81 @@ def test_a_permutation_of_the_axes_permutes_the_displacement():
         turned = [x.permute(0, *(1 + axis for axis in order)) for x in (fixed, moving)]
         expected = found[list(order)].permute(0, *(1 + axis for axis in order))
         torch.testing.assert_close(register_features(*turned, replace(SMALL, reach=2, iterations=20)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_permutation_of_the_axes_permutes_what_precomputed_features_find(tmp_path):
+    rng, geometry = np.random.default_rng(0), Geometry((12, 11, 10), (3.0, 2.0, 2.5))
+    values = [ndimage.gaussian_filter(rng.standard_normal((5, *geometry.shape)), (0, 2, 2, 2)).astype(np.float32) for _ in range(2)]
+    settings = replace(SMALL, step=3, reach=1, iterations=0)
+
+    def found(order):
+        where = Geometry(tuple(geometry.shape[axis] for axis in order), tuple(geometry.spacing[axis] for axis in order))
+        for number, array in enumerate(values):
+            write_npz(tmp_path / f"{number}.npz", FeatureMap(array.transpose(0, *(1 + axis for axis in order)), where, (1, 1, 1)))
+        pair = Pair("pair", (Path("a"), Path("b")), features=(tmp_path / "0.npz", tmp_path / "1.npz"))
+        images = Images((values[0][0], values[1][0]), (where, where), None)
+        return register_features(*Describer()("precomputed", pair, images, where), settings)
+
+    straight = found((0, 1, 2))
+    for order in ((1, 2, 0), (2, 1, 0)):
+        expected = straight[list(order)].permute(0, *(1 + axis for axis in order))
+        torch.testing.assert_close(found(order), expected, rtol=0, atol=1e-3)  # components of single precision, summed in another order
+
+
+def plain_convex(fixed, moving, reach):
+    """Coupled convex optimisation with zeros outside, cell by cell in double precision, in the legacy convention; (3, d, h, w)."""
+    channels, *shape = fixed.shape
+    options = [np.array(k) - reach for k in np.ndindex(*[2 * reach + 1] * 3)]
+    padded = np.pad(moving, [(0, 0)] + [(reach, reach)] * 3)
+    apart = np.zeros((len(options), *shape))
+    for number, k in enumerate(options):
+        for p in np.ndindex(*shape):
+            q = np.array(p) + k + reach
+            apart[(number, *p)] = ((fixed[(slice(None), *p)] - padded[(slice(None), *q)]) ** 2).sum()
+
+    def mean(volume):
+        ends = np.pad(volume, 1)
+        return np.array([ends[tuple(slice(i, i + 3) for i in p)].sum() / 27 for p in np.ndindex(*shape)]).reshape(shape)
+
+    apart = np.stack([mean(mean(volume)) for volume in apart])
+    smooth = np.zeros((3, *shape))
+    for coupling in (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
+        chosen = np.zeros((3, *shape))
+        for p in np.ndindex(*shape):
+            cost = [apart[(number, *p)] + coupling * ((k - smooth[(slice(None), *p)]) ** 2).sum() for number, k in enumerate(options)]
+            chosen[(slice(None), *p)] = options[int(np.argmin(cost))]
+        smooth = np.stack([mean(component) for component in chosen])
+    return smooth
+
+
+def cells(channels, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.standard_normal((1, channels, *shape))) for _ in range(2)]
+
+
+def test_the_convex_step_is_that_of_plain_loops():
+    fixed, moving = cells(3, (5, 4, 6))
+    grids = LegacyGrids()
+    found = coupled_convex(dissimilarity(fixed, moving, 1, grids), 1, grids)
+    np.testing.assert_allclose(found[0].numpy(), plain_convex(fixed[0].numpy(), moving[0].numpy(), 1), atol=1e-9)
+
+
+def test_the_convex_step_is_that_of_convexadam():
+    utilities = pytest.importorskip("convexAdam.convex_adam_utils", reason="pip install convexadam==0.2.0")
+    shape, step, reach = (8, 8, 8), 6, 2
+    fixed, moving = (features.float() for features in cells(12, shape))
+    grids, size = LegacyGrids(), [n * step for n in shape]
+    width = 2 * reach + 1
+    mesh = (
+        torch.nn.functional.affine_grid(reach * torch.eye(3, 4)[None], (1, 1, width, width, width), align_corners=True).permute(0, 4, 1, 2, 3).reshape(3, -1, 1)
+    )
+    fields = [utilities.coupled_convex(*utilities.correlate(*pair, reach, step, size, 12), mesh, step, size) for pair in ((fixed, moving), (moving, fixed))]
+    ours = [coupled_convex(dissimilarity(*pair, reach, grids), reach, grids) for pair in ((fixed, moving), (moving, fixed))]
+    for one, other in zip(ours, fields):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    scale = (torch.tensor(shape).view(1, 3, 1, 1, 1) - 1) / 2
+    expected = utilities.inverse_consistency(*[(field / scale).flip(1) for field in fields], iter=15)[0].flip(1) * scale
+    torch.testing.assert_close(convex_registration(fixed, moving, reach, grids), expected, rtol=0, atol=1e-4)
 
 
 def test_registration_gives_the_same_bits_twice():

@@ -6,14 +6,20 @@ import json
 import numpy as np
 import pytest
 import SimpleITK
+from scipy import ndimage
 
 from nnssl_ext.cli import evaluate_registration as command
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.core.geometry import Geometry
+from nnssl_ext.evaluation.feature_files import write_npz
+from nnssl_ext.evaluation.features import FeatureMap
 from nnssl_ext.evaluation.phantom import make_pair
+from nnssl_ext.evaluation.registration_files import read_field
 from nnssl_ext.evaluation.registration_pairs import read_keypoints, read_pairs
 from tests.make_nnunet import make_checkpoint
 
 EDGE, SPACING = 32, (4.0, 3.0, 3.0)
+TRUE = (2.0, -3.0, 6.0)  # mm in the world: a displacement to compare with, 7 mm everywhere
 DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -37,8 +43,11 @@ def folder(tmp_path_factory):
         write(folder / f"{name}_mask.nii.gz", phantom.body.astype(np.uint8))
         points = [image.TransformContinuousIndexToPhysicalPoint((mm / SPACING)[::-1].tolist()) for mm in pair.landmarks[:, number]]
         (folder / f"{name}.csv").write_text("x,y,z\n" + "\n".join(",".join(map(str, point)) for point in points), encoding="utf-8")
+    field = SimpleITK.GetImageFromArray(np.broadcast_to(TRUE, (EDGE, EDGE, EDGE, 3)).copy(), isVector=True)
+    field.CopyInformation(image)
+    SimpleITK.WriteImage(field, str(folder / "true.nii.gz"))
     both = {"labels": ["a_labels.nii.gz", "b_labels.nii.gz"], "masks": ["a_mask.nii.gz", "b_mask.nii.gz"], "keypoints": ["a.csv", "b.csv"]}
-    (folder / "pairs.json").write_text(json.dumps([{"fixed": "a.nii.gz", "moving": "b.nii.gz", **both}]), encoding="utf-8")
+    (folder / "pairs.json").write_text(json.dumps([{"fixed": "a.nii.gz", "moving": "b.nii.gz", "field": "true.nii.gz", **both}]), encoding="utf-8")
     make_checkpoint(folder / "c.pth", "primus")
     return folder
 
@@ -55,12 +64,49 @@ def test_the_table_has_every_kind_of_features_and_every_metric(folder, results):
     assert [row["features"] for row in results["means"]] == [row["features"] for row in results["pairs"]] == kinds
     assert all(row[metric] is not None for row in results["pairs"] for metric in ("dice", "hd95_mm", "assd_mm", "tre_mm", "sd_log_j", "folded"))
     initial, mind = results["pairs"][:2]
+    assert initial["epe_mm"] == pytest.approx(7) and initial["memory_gb"] is None and 0.05 < mind["memory_gb"] < 64 and mind["cpu_seconds"] > 0
     assert initial["sd_log_j"] == initial["folded"] == 0 and initial["seconds"] is None and mind["seconds"] > 0
     with open(folder / "out" / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["pair"] for row in rows] == ["a_b"] * 5 and float(rows[1]["dice"]) == mind["dice"]
     before = {row["label"]: row for row in results["labels"] if row["features"] == "initial"}
     assert initial["dice"] == pytest.approx(np.mean([row["dice"] for row in before.values()]))
+
+
+def test_the_mean_error_is_the_distance_from_the_true_displacement(folder, results):
+    field = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "out" / "a_b" / "mind" / "disp.nii.gz")))
+    mask = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "a_mask.nii.gz"))) > 0
+    assert results["pairs"][1]["epe_mm"] == pytest.approx(np.linalg.norm(field[mask] - TRUE, axis=-1).mean(), rel=1e-5)
+
+
+def test_a_true_displacement_on_another_grid_is_refused(folder):
+    geometry = Geometry((EDGE,) * 3, SPACING)
+    with pytest.raises(UserError, match="isn't on the grid of the fixed image"):
+        read_field(folder / "true.nii.gz", geometry)
+    with pytest.raises(UserError, match="can't be read"):
+        read_field(folder / "a.csv", geometry)
+
+
+@pytest.mark.parametrize("preset", ["medssl", "mind_default"])
+def test_precomputed_features_are_registered_with_every_preset(folder, tmp_path, preset):
+    """Smooth features of an image and of the same moved by a cell along each axis."""
+    values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((14, 18, 18, 18)), (0, 1, 1, 1))
+    grid = Geometry((16,) * 3, tuple(2 * mm for mm in SPACING), *_world(folder))
+    for name, part in (("a", values[:, 1:17, 1:17, 1:17]), ("b", values[:, :16, :16, :16])):
+        write_npz(tmp_path / f"{name}.npz", FeatureMap(part.astype(np.float32), grid, (2, 2, 2)))
+    pair = {"fixed": str(folder / "a.nii.gz"), "moving": str(folder / "b.nii.gz"), "features": ["a.npz", "b.npz"], "name": "pair"}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair]), encoding="utf-8")
+    arguments = ["-pairs", tmp_path / "pairs.json", "-out", tmp_path, "--features", "precomputed", "-preset", preset, "-iterations", 30, "-device", "cpu"]
+    assert command.main([*map(str, arguments)]) == 0
+    field = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "pair" / "precomputed" / "disp.nii.gz")))
+    found = np.median(field[10:-10, 10:-10, 10:-10], (0, 1, 2))  # (x, y, z) of the world; the axes are turned by DIRECTION
+    expected = np.reshape(DIRECTION, (3, 3)) @ (2 * np.array(SPACING[::-1]))
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
+def _world(folder):
+    image = SimpleITK.ReadImage(str(folder / "a.nii.gz"))
+    return image.GetOrigin(), image.GetDirection()
 
 
 def test_an_image_that_lies_elsewhere_in_the_world_is_found_there(folder, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import SimpleITK
 import torch
 
-from nnssl_ext.evaluation.registration_metrics import assd, dice, hd95, label_metrics, landmark_errors, regularity, surface_distances
+from nnssl_ext.evaluation.registration_metrics import label_metrics, landmark_errors, regularity
 from nnssl_ext.nn.warp import affine_displacement
 
 SPACING = (3.0, 1.5, 0.8)
@@ -17,39 +17,6 @@ def cube(first, edge=8, shape=(24, 24, 24)):
     mask = np.zeros(shape, bool)
     mask[tuple(slice(start, start + edge) for start in first)] = True
     return mask
-
-
-@pytest.mark.parametrize("axis", range(3))
-def test_the_hausdorff_distance_of_shifted_cubes_is_the_shift(axis):
-    for k in (1, 2, 3):
-        moved = [6 + k * (axis == other) for other in range(3)]
-        assert hd95(surface_distances(cube((6, 6, 6)), cube(moved), SPACING)) == pytest.approx(k * SPACING[axis])
-
-
-def test_distances_are_those_of_plain_loops():
-    rng = np.random.default_rng(0)
-    a, b = (rng.random((5, 6, 4)) < 0.5 for _ in range(2))
-
-    def surface(mask):
-        padded = np.pad(mask, 1)
-        return [p for p in np.argwhere(mask) if any(not padded[tuple(p + 1 + step)] for step in np.concatenate((np.eye(3, dtype=int), -np.eye(3, dtype=int))))]
-
-    def nearest(p, others):
-        return min(math.sqrt((((p - q) * SPACING) ** 2).sum()) for q in others)
-
-    sa, sb = surface(a), surface(b)
-    to_b, to_a = [nearest(p, sb) for p in sa], [nearest(p, sa) for p in sb]
-    found = surface_distances(a, b, SPACING)
-    np.testing.assert_allclose(np.sort(found[0]), np.sort(to_b))
-    np.testing.assert_allclose(np.sort(found[1]), np.sort(to_a))
-    assert hd95(found) == pytest.approx(max(np.percentile(to_b, 95), np.percentile(to_a, 95)))
-    assert assd(found) == pytest.approx((sum(to_a) + sum(to_b)) / (len(sa) + len(sb)))
-
-
-def test_an_empty_label_has_no_distance():
-    empty = np.zeros((6, 6, 6), bool)
-    distances = surface_distances(cube((0, 0, 0), 3, (6, 6, 6)), empty, SPACING)
-    assert math.isnan(hd95(distances)) and math.isnan(assd(distances)) and math.isnan(dice(empty, empty)) and dice(~empty, empty) == 0
 
 
 def test_every_label_of_the_fixed_image_has_its_row():

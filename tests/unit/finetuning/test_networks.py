@@ -6,13 +6,19 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 
+from nnssl_ext.finetuning.decoders import width_at
 from nnssl_ext.finetuning.networks import (
     FULL_RESOLUTION_STRIDES,
+    AdapterPrimus,
+    AdapterPrimusV2,
     FrozenResidualEncoderUNet,
     LinearPrimus,
     LinearPrimusV2,
     LinearResidualEncoderUNet,
     LinearSegFormer3D,
+    MLPPrimus,
+    MLPPrimusV2,
+    MLPResidualEncoderUNet,
     PlannedPrimus,
     PlannedPrimusV2,
     PlannedSegFormer3D,
@@ -38,7 +44,7 @@ def test_the_state_dict_has_the_names_and_shapes_of_the_pretrained_network(plann
     assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in expected.items()}
 
 
-@pytest.mark.parametrize(("planned", "kwargs"), PLANNED)
+@pytest.mark.parametrize(("planned", "kwargs"), [*PLANNED, (AdapterPrimus, KWARGS), (MLPPrimus, KWARGS)])
 def test_deep_supervision_gives_one_output_for_every_scale_that_nnunet_derives(planned, kwargs):
     scales = list(1 / np.cumprod(np.vstack(FULL_RESOLUTION_STRIDES), axis=0))[:-1]
     network = planned(1, 2, deep_supervision=True, **kwargs).eval()
@@ -124,3 +130,72 @@ def test_stochastic_depth_drops_nothing_in_a_frozen_encoder():
     assert torch.equal(network(image), network(image))
     whole = PlannedPrimus(1, 2, drop_path_rate=0.9, **{**KWARGS, "eva_depth": 4}).train()
     assert any(not torch.equal(whole(image), whole(image)) for _ in range(5))
+
+
+DECODED = [AdapterPrimus, AdapterPrimusV2, MLPPrimus, MLPPrimusV2, MLPResidualEncoderUNet]
+
+
+def decoded(cls, shape, **changes):
+    """A network with a decoder of ours, and the names that are frozen in it."""
+    torch.manual_seed(0)
+    if cls is MLPResidualEncoderUNet:
+        kwargs, strides = unet(len(shape))
+        return cls(1, 3, encoder_strides=strides, frozen=["encoder.stem", "encoder.stages"], **kwargs), "encoder."
+    frozen = ["eva", "down_projection", "register_tokens"]
+    kwargs = {**KWARGS, "input_shape": shape, "eva_depth": 2, "num_register_tokens": 2, **changes}
+    return cls(1, 3, frozen=frozen, **kwargs), tuple(frozen)
+
+
+@pytest.mark.parametrize("cls", [AdapterPrimus, MLPPrimus, MLPResidualEncoderUNet])
+def test_a_decoder_gives_logits_of_a_patch_of_three_different_edges(cls):
+    with torch.no_grad():
+        assert decoded(cls, (64, 96, 32))[0](torch.randn(1, 1, 64, 96, 32)).shape == (1, 3, 64, 96, 32)
+
+
+@pytest.mark.parametrize("cls", DECODED)
+def test_a_decoder_gives_logits_of_every_voxel_and_learns_in_all_its_parts(cls):
+    shape = (16, 24, 8)
+    network, frozen = decoded(cls, shape)
+    logits = network.train()(torch.randn(1, 1, *shape))
+    assert logits.shape == (1, 3, *shape)
+    (logits * torch.randn(logits.shape)).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
+    assert not any(key.startswith(("up_projection.", "decoder.encoder.")) for key in network.state_dict())
+
+
+@pytest.mark.parametrize("cls", DECODED)
+def test_a_decoder_of_ours_has_as_many_weights_as_its_layers(cls):
+    network, frozen = decoded(cls, (16, 16, 16))
+    trained, width = sum(p.numel() for p in network.parameters() if p.requires_grad), 2 * KWARGS["embed_dim"]
+    layers = {  # per layer: weights, biases; per norm: twice its channels
+        "Adapter": width * 256 + 3 * 256 + sum(8 * c * c // 2 + 3 * (c // 2) for c in (256, 128, 64)) + 3 * (32 + 1),
+        "MLPPrimus": width * 256 + 2 * 256 + 2 * 256 * 256 + 3 * 256 + 3 * (256 + 1),
+        "MLPRes": (4 + 6 + 2) * 32 + 2 * 32 * 32 + 3 * 32 + 3 * (32 + 1),
+    }
+    assert [trained] == [count for start, count in layers.items() if cls.__name__.startswith(start)]
+
+
+@pytest.mark.parametrize(("blocks", "depths"), [(1, [1]), (2, [1, 2]), (5, [2, 3, 4, 5]), (12, [3, 6, 9, 12])])
+def test_a_decoder_of_tokens_reads_four_depths_where_there_are_so_many(blocks, depths):
+    assert decoded(MLPPrimus, (16, 16, 16), eva_depth=blocks)[0].depths == depths
+
+
+@pytest.mark.parametrize(("cls", "library"), [(AdapterPrimus, Primus), (MLPPrimusV2, PrimusV2)])
+def test_the_deepest_map_is_what_the_library_decodes_and_the_others_are_those_of_shorter_networks(cls, library):
+    shape, kwargs = (16, 32, 24), {**KWARGS, "num_register_tokens": 2, "input_shape": (16, 32, 24), "drop_path_rate": 0.2}
+    network, _ = decoded(cls, shape, drop_path_rate=0.2)
+    image, seen = torch.randn(2, 1, *shape), []
+    with torch.no_grad():
+        maps = network.train().maps(image)
+        for depth in network.depths:
+            shorter = library(1, num_classes=3, **{**kwargs, "eva_depth": depth}).eval()
+            shorter.load_state_dict({key: value for key, value in network.state_dict().items() if key in shorter.state_dict()}, strict=False)
+            shorter.up_projection = torch.nn.Identity()
+            seen.append(shorter(image))
+    assert len(maps) == 2 and all(torch.equal(one, other) for one, other in zip(maps, seen, strict=True))
+
+
+def test_a_map_is_as_wide_as_in_a_unet():
+    assert [width_at(cell) for cell in ((1, 1, 1), (2, 2, 2), (4, 4), (1, 4, 4), (8, 8, 8), (16, 8, 8))] == [32, 64, 128, 128, 256, 256]

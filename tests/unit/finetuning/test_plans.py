@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
+from nnssl_ext.cli.export import MODES
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.finetuning import plans
 from nnssl_ext.finetuning.plans import PlanOptions, finetuning_options, is_preprocessed, patch_and_batch, plans_name, write_plans
@@ -84,10 +85,10 @@ def test_spacing(roots, tmp_path, configuration, spacing, expected):
 def test_names_are_reproducible_and_differ_by_options_and_checkpoint(tmp_path):
     one, two = (Pretrained.load(make_checkpoint(tmp_path / f"{family}.pth", family)) for family in ("resenc", "primus"))
     choices = [PlanOptions(), PlanOptions(batch_size=3), PlanOptions(spacing="own"), PlanOptions(patch_size=(32, 32, 64)), PlanOptions("3d_lowres")]
-    choices += [*(PlanOptions(mode=mode) for mode in ("encoder", "frozen", "linear")), *(PlanOptions(cases=cases) for cases in (1, 1.0, 6, 0.4))]
+    choices += [*(PlanOptions(mode=mode) for mode in MODES if mode != "full"), *(PlanOptions(cases=cases) for cases in (1, 1.0, 6, 0.4))]
     choices += [PlanOptions(mode="linear", cases=6)]
     names = [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
-    assert len(set(names)) == 2 * len(choices) == 26 and names == [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
+    assert len(set(names)) == 2 * len(choices) == 30 and names == [plans_name(pretrained, options) for pretrained in (one, two) for options in choices]
     assert names[0].startswith("nnssl_MAE_") and "__" not in names[0]
 
 
@@ -169,12 +170,21 @@ def test_the_plan_says_how_it_is_fine_tuned_and_shares_the_preprocessed_data(roo
     assert json.loads(full.read_text())["configurations"]["3d_fullres"]["data_identifier"] == configuration["data_identifier"]
 
 
+def test_the_command_line_offers_the_modes():
+    assert tuple(plans.MODES) == MODES
+
+
+def test_a_mode_that_a_network_does_not_have_is_refused_with_those_that_it_has(roots, tmp_path):
+    with pytest.raises(UserError, match="use -mode full, encoder, frozen, mlp or linear"):
+        planned(roots, tmp_path, options=PlanOptions(mode="adapter"))
+
+
 def test_an_unknown_mode_is_a_user_error(roots, tmp_path):
     with pytest.raises(UserError, match="did you mean 'frozen'"):
         planned(roots, tmp_path, options=PlanOptions(mode="froze"))
 
 
-@pytest.mark.parametrize("mode", ["frozen", "linear"])
+@pytest.mark.parametrize("mode", ["frozen", "adapter", "mlp", "linear"])
 def test_a_network_that_nothing_of_ours_stands_for_cannot_be_frozen(roots, tmp_path, mode, monkeypatch):
     monkeypatch.setitem(plans.MODES, mode, {})
     with pytest.raises(UserError, match=f"ResidualEncoderUNet has no -mode {mode}"):

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nnssl_ext.core.errors import UserError
 from nnssl_ext.finetuning import trainers
 from nnssl_ext.finetuning.commands import Machine, environment
 from nnssl_ext.finetuning.export import TRAINER_FOLDER, find_trainer, with_our_trainers
+from nnssl_ext.finetuning.networks import PlannedPrimus
 from nnssl_ext.finetuning.nnunet_trainers import nnssl_trainers
 
 pytestmark = pytest.mark.nnunet
@@ -81,3 +83,28 @@ def test_the_learning_rate_rises_linearly_then_falls(name, peak, epochs, warm_up
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates[0] == pytest.approx(peak / warm_up) and rates[warm_up - 1] == pytest.approx(peak) == max(rates)
     assert rates[warm_up:] == sorted(rates[warm_up:], reverse=True) and rates[-1] < 0.02 * peak
+
+
+def test_with_layer_decay_every_group_follows_the_schedule_at_its_own_share():
+    cls = trainers.nnsslPrimusTrainer_lld
+    trainer = object.__new__(cls)
+    trainer.network = PlannedPrimus(1, 2, embed_dim=48, eva_depth=2, eva_numheads=2, patch_embed_size=(8, 8, 8), input_shape=(16, 16, 16))
+    trainer.device, trainer.training_stage, trainer.optimizer, trainer.lr_scheduler = torch.device("cpu"), None, None, None
+    trainer.num_epochs, trainer.warmup_duration_whole_net, trainer.initial_lr, trainer.weight_decay = 20, 4, cls.learning_rate, 0.05
+    trainer.current_epoch, trainer.print_to_log_file, trainer.logger = 0, lambda *_: None, SimpleNamespace(log=lambda *_: None)
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    optimizer = trainer.optimizer
+    for epoch in range(trainer.num_epochs):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        rate = cls.learning_rate * ((epoch + 1) / 4 if epoch < 4 else (1 - (epoch - 4) / 16) ** 0.9)
+        for group in trainer.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate * group["lr_scale"])
+    assert trainer.optimizer is optimizer and {group["lr_scale"] for group in optimizer.param_groups} == {0.75**layer for layer in range(4)}
+    assert len([p for group in optimizer.param_groups for p in group["params"]]) == len(list(trainer.network.parameters()))
+    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
+
+
+def test_the_shells_of_processes_and_of_compilation_are_taken_off():
+    network = torch.nn.Linear(2, 2)
+    assert trainers.unwrapped(SimpleNamespace(module=SimpleNamespace(_orig_mod=network))) is network and trainers.unwrapped(network) is network

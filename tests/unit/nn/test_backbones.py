@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnssl_ext.core.errors import UserError
-from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families
+from nnssl_ext.nn.backbones.base import Backbone, build_backbone, check_support, families, feature_level
 from tests.make_data import make_plan
 
 CONFIG = make_plan().configurations["3d_fullres"]
@@ -59,6 +59,28 @@ def test_maps_have_the_declared_strides_and_widths(family, image):
         (w, *(p // s for p, s in zip(CONFIG.patch_size, stride))) for w, stride in zip(backbone.widths, backbone.strides)
     ]
     assert backbone.pooled(image).shape == (2, backbone.widths[-1])
+
+
+@pytest.mark.parametrize("family", ["resenc", "primus"])
+def test_dense_features_are_the_deepest_map_with_cells_of_at_most_eight_voxels(family, image):
+    backbone = build(family)
+    assert max(backbone.dense_stride) <= 8 and torch.equal(backbone.dense(image), backbone.pyramid(image)[feature_level(backbone)])
+    assert feature_level(backbone) == len(backbone.strides) - 1 or max(backbone.strides[feature_level(backbone) + 1]) > 8
+    assert (backbone.dense_stride, backbone.dense_width) == (backbone.strides[feature_level(backbone)], backbone.widths[feature_level(backbone)])
+
+
+def test_dense_features_of_a_segformer_are_all_maps_side_by_side_in_the_resolution_of_the_finest(image):
+    backbone = build("segformer3d")
+    dense, maps = backbone.dense(image), backbone.pyramid(image)
+    assert len(maps) > 1 and dense.shape == (2, backbone.dense_width, *(n // step for n, step in zip(CONFIG.patch_size, backbone.dense_stride)))
+    for level, part in zip(maps, dense.split(backbone.widths, 1)):
+        edges = [a // b for a, b in zip(dense.shape[2:], level.shape[2:])]
+        for axis, edge in enumerate(edges):  # linear between centres of cells, the same beyond those of the first and the last
+            places = ((torch.arange(level.shape[2 + axis] * edge) + 0.5) / edge - 0.5).clamp(0, level.shape[2 + axis] - 1)
+            low = places.floor().long()
+            high, share = (low + 1).clamp(max=level.shape[2 + axis] - 1), (places - low).view(-1, *(1,) * (2 - axis))
+            level = level.index_select(2 + axis, low) * (1 - share) + level.index_select(2 + axis, high) * share
+        assert torch.allclose(part, level, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -9,8 +9,10 @@ from torch import nn
 
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.nn import distributed, parallel
+from nnssl_ext.nn.cross_attention import CrossAttentionBlock
 from nnssl_ext.trainers.config import SPEED_ONLY, folder_suffix, speed_only
 from nnssl_ext.trainers.mae import MAETrainer
+from tests.conformance.pairs import METHODS, Pair
 from tests.make_data import tiny_plan, tiny_store
 from tests.toy_trainers import ToyEMATrainer, trained
 
@@ -32,6 +34,18 @@ def test_the_parts_are_transformer_blocks_and_stages_each_once(family, count, tm
     assert len(found) == len({id(part) for part in found}) == count
     inside = {id(p) for part in found for p in part.parameters()}
     assert sum(p.numel() for p in model.parameters() if id(p) in inside) > 0.6 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("method", "count"), [("CroCo3DTrainer", 2 + 2), ("MultiMAETrainer", 2 + 2 * (1 + 2))])
+def test_blocks_that_read_a_memory_are_parts_too_and_recomputing_them_changes_no_bit(method, count, tmp_path):
+    plain, again = (Pair(METHODS[method], "primus").trainer(tmp_path, recompute=on) for on in (False, True))
+    for run in (plain, again):
+        run.initialize()
+        run.waited = 0.0
+    found = parallel.parts(again.model)
+    assert len(found) == count and sum(isinstance(part, CrossAttentionBlock) for part in found) == 2
+    assert trained(plain) == trained(again)
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
 
 
 @pytest.mark.parametrize(("method", "family"), [(MAETrainer, "primus"), (MAETrainer, "resenc"), (MAETrainer, "segformer3d"), (ToyEMATrainer, "primus")])

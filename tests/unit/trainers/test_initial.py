@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nnssl_ext.core.errors import UserError
+from nnssl_ext.finetuning.hub import share
 from nnssl_ext.nn.channels import repeat_channels
 from nnssl_ext.nn.tokens import resize_positions
 from nnssl_ext.trainers.checkpoint import load_checkpoint, save_checkpoint
@@ -255,3 +256,23 @@ def test_a_checkpoint_that_is_gone_has_a_remedy_when_the_run_has_begun(tmp_path)
     for path in ("gone.pth", "0123abcd"):
         with pytest.raises(UserError, match="checkpoint not found"):
             Initial.open(path)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_shared_model_hands_over_its_backbone_or_with_heads_all_as_its_checkpoint_does(tmp_path, capsys, heads):
+    file = trained(ToyCentreTrainer, tmp_path / "old")
+    share(file, str(tmp_path / "model"), heads=heads)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "Figures of epoch 2 of 2" in card and "train/total" in card and "No alarm." in card
+    old = filled(make(ToyCentreTrainer, tmp_path / "a", seed=1), file).model.state_dict()
+    new = make(ToyCentreTrainer, tmp_path / "b", seed=1)
+    model = filled(new, tmp_path / "model").model.state_dict()
+    differ = {name for name in old if not torch.equal(old[name], model[name])}
+    net = set(load_checkpoint(file)["network_weights"])
+    assert not differ if heads else differ and not any(name.removeprefix(place) in net for name in differ for place in ("student.net.", "teacher.net.net."))
+    assert new.init.identity["file"] == "model" and new.init.identity["step"] == 4 and new.init.tag.startswith("init=")
+    assert f"ToyCentreTrainer, step 4, {'with its heads' if heads else 'backbone only'}" in capsys.readouterr().out
+    run = make(ToyCentreTrainer, tmp_path / "c", seed=1)
+    run.init = Initial.open(str(tmp_path / "model"))
+    run.fit()
+    assert load_checkpoint(tmp_path / "c" / "checkpoint_final.pth")["step"] == 4

@@ -8,7 +8,7 @@ from PIL import Image
 from nnssl_ext.trainers import pictures
 from nnssl_ext.trainers.colours import cluster_rgb, label_colour, label_rgb, pca_rgb
 from nnssl_ext.trainers.mae import MAETrainer
-from nnssl_ext.trainers.pictures import MARGIN, TILE, blend, draw_run, draw_volumes, enlarge, feature_level
+from nnssl_ext.trainers.pictures import MARGIN, TILE, blend, draw_run, draw_volumes, enlarge
 from tests.make_data import ArrayStore, make_plan
 
 
@@ -108,4 +108,4 @@ def test_every_method_has_a_picture_that_is_small_and_changes_nothing(family, ow
     assert (tmp_path / "picture.png").stat().st_size < 400_000
     assert [m.training for m in trainer.model.modules()] == modes and torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
-    assert max(trainer.backbone.strides[feature_level(trainer.backbone)]) <= 8
+    assert max(trainer.backbone.dense_stride) <= 8
