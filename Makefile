@@ -14,7 +14,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export UV_PROJECT_ENVIRONMENT := .venv
 export MPLBACKEND ?= Agg
 
-.PHONY: help setup demo test test-all check format bench lock clean
+.PHONY: help setup demo test test-all check format bench benchmark lock clean
 .DEFAULT_GOAL := help
 
 help:   ## list the targets
@@ -58,6 +58,9 @@ format: setup   ## rewrite the files in the project's style
 bench: setup   ## all benchmarks; writes benchmarks/results.json
 	@$(UV) $(SYNC) --extra bench --quiet </dev/null || true
 	@$(BIN)/python -m benchmarks all
+
+benchmark: setup   ## what pretraining is worth: the embedded suite, in the folder benchmark/ (see benchmarks/learning/suite.yaml)
+	@$(BIN)/nnssl_benchmark --suite benchmarks/learning/suite.yaml -out benchmark
 
 lock:   ## choose the versions of uv.lock anew
 	@$(UV) lock --upgrade

@@ -15,9 +15,10 @@ from benchmarks.common import PAIRED
 from benchmarks.learning.data import Data
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import baseline, trial
-from benchmarks.learning.suite import CLUSTERED, SUITE
-from benchmarks.learning.units import environment, finish_all
+from benchmarks.learning.suite import SUITE
 from benchmarks.methods import methods
+from nnssl_ext.benchmark.lanes import finish_all
+from nnssl_ext.benchmark.units import environment
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import FolderLock, write_json, write_text
 
@@ -54,9 +55,7 @@ def study(out: Path, chosen: list[str] | None, seeds: list[int], lanes: int) -> 
         baselines = [baseline(family, seeds, digest) for family in dict.fromkeys(entry.family for entry in entries)]
         pairs = data.prepare_pairs(lanes) if any(entry.method in PAIRED for entry in entries) else None
         trials = [trial(entry, seeds, digest, pairs) for entry in entries]
-        first, second = ([one for one in trials if (one.entry.method in CLUSTERED) == later] for later in (False, True))
-        errors = finish_all([chain for part in (*baselines, *first) for chain in part.chains()], out, lanes)
-        errors += finish_all([chain for part in second for chain in part.chains()], out, lanes)  # goes on from the first ones
+        errors = finish_all([unit for part in (*baselines, *trials) for chain in part.chains() for unit in chain], out, lanes)
         found = rows(baselines, trials, out)
         write_json(out / "learning.json", {**environment(), "data": digest, "seeds": seeds, "rows": found})
         write_text(out / "learning.md", table(found))

@@ -5,35 +5,26 @@ Everything is made once, below one folder, and has a hash.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
-
-import torch
 
 from benchmarks import phantoms
 from benchmarks.common import make_plan
 from benchmarks.methods import NETWORKS
+from nnssl_ext.benchmark.data import folders
+from nnssl_ext.benchmark.untrained import untrained
 from nnssl_ext.core.files import read_json, sha256_file, sha256_json, write_json
 from nnssl_ext.core.plan import NetworkPlan, Normalization, Plan
-from nnssl_ext.core.rng import torch_seed
 from nnssl_ext.evaluation.demo_data import PHANTOM_SET, write_dataset_902
-from nnssl_ext.finetuning.commands import Machine, hand_off, run
+from nnssl_ext.finetuning.commands import FOLDERS, Machine, hand_off, run
 from nnssl_ext.finetuning.plans import PlanOptions
 from nnssl_ext.finetuning.pretrained import Pretrained
-from nnssl_ext.nn.backbones.base import Backbone, build_backbone
-from nnssl_ext.trainers.checkpoint import adaptation_plan, save_checkpoint
 
 SIZE, SPACING = 64, 3.0  # voxels per edge of a volume, mm
 LABELLED, TEST = 8, 8  # subjects to fine-tune with, at most, and to test
 SUBSETS = (2,)  # labelled subjects of each fold
 CONFIGURATION = "3d_fullres"
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NANO = "nano"
 
 
@@ -60,6 +51,11 @@ class Data:
     def nnunet(self, name: str) -> Path:
         """One of nnU-Net's folders."""
         return self.root / "data" / name
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """All of them, by their environment variables."""
+        return {name: str(self.nnunet(name)) for name in FOLDERS}
 
     @property
     def labelled(self) -> Path:
@@ -108,35 +104,9 @@ class Data:
         if self.splits.is_file() and not made["written"]:
             return
         shutil.rmtree(self.nnunet("nnUNet_preprocessed"), ignore_errors=True)
-        with nnunet_environment({name: self.nnunet(name) for name in FOLDERS}):
-            checkpoint = untrained(self.plan("resenc", 16, 2), "resenc", 0, self.root / "data" / "untrained.pth")
+        with folders(self.folders):
+            checkpoint = untrained(self.plan("resenc", 16, 2), CONFIGURATION, "resenc", 0, self.root / "data" / "untrained.pth")
             handoff = hand_off(Pretrained.load(checkpoint), PHANTOM_SET, PlanOptions(), "nnUNetTrainer")
             run(handoff.preprocess(Machine("cpu")), Machine("cpu"))
         cases = sorted(path.name.removesuffix(".nii.gz") for path in (self.labelled / "labelsTr").glob("*.nii.gz"))
         write_json(self.splits, [{"train": cases[:count], "val": cases[-1:]} for count in SUBSETS])  # nnU-Net wants to validate; it decides nothing
-
-
-def fresh_backbone(plan: Plan, family: str, seed: int) -> Backbone:
-    """The backbone that a pretraining with this seed starts from."""
-    torch.manual_seed(torch_seed(seed, 0, "init"))
-    return build_backbone(plan.configuration(CONFIGURATION), family, plan.channels)
-
-
-def untrained(plan: Plan, family: str, seed: int, path: Path) -> Path:
-    """A checkpoint before the first step, which names the network and its plan for what is not pretrained."""
-    backbone = fresh_backbone(plan, family, seed)
-    content: dict[str, Any] = {"trainer_name": "Untrained", "family": family, "configuration": CONFIGURATION, "plan": plan.as_dict(), "config": {}, "step": 0}
-    content |= {"transfer": "encoder", "network_weights": backbone.network_weights(), "citations": []}
-    content["nnssl_adaptation_plan"] = adaptation_plan(backbone, plan.configuration(CONFIGURATION), CONFIGURATION).as_dict()
-    save_checkpoint(path, content)
-    return path
-
-
-@contextmanager
-def nnunet_environment(folders: dict[str, Path], **more: str) -> Iterator[None]:
-    """nnU-Net's variables, with one process for everything."""
-    one_process = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
-    for path in folders.values():
-        path.mkdir(parents=True, exist_ok=True)
-    with patch.dict(os.environ, {name: str(path) for name, path in folders.items()} | one_process | more):
-        yield

@@ -19,7 +19,8 @@ from benchmarks.learning.data import Data
 from benchmarks.learning.finetune import finetune
 from benchmarks.learning.study import Baseline, baseline, finetuning, trial
 from benchmarks.learning.suite import TRANSFORMER, Entry
-from benchmarks.learning.units import Unit, environment, finish_all
+from nnssl_ext.benchmark.lanes import finish_all
+from nnssl_ext.benchmark.units import Unit, environment
 from nnssl_ext.core.files import FolderLock, write_json, write_text
 
 INTERVALS = {"[0, 0]": (0.0, 0.0), "[0.0001, 0.3]": (0.0001, 0.3), "[0.3, 0.6]": (0.3, 0.6), "[0.6, 1]": (0.6, 1.0), "crops from anywhere": (0.0, 1.0)}
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         digest = data.digest()
         base = baseline(FAMILY, range(len(SEEDS) ** 2), digest)
         intervals = [interval(name, digest) for name in INTERVALS]
-        errors = finish_all([*base.chains(), *(chain for one in intervals for chain in one.chains)], out, options.lanes)
+        errors = finish_all([unit for chain in (*base.chains(), *(chain for one in intervals for chain in one.chains)) for unit in chain], out, options.lanes)
         found = rows(base, intervals, out)
         write_json(out / "positives.json", {**environment(), "data": digest, "rows": found})
         write_text(out / "positives.md", table(found))

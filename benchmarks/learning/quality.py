@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.data import CONFIGURATION, Data, fresh_backbone
+from benchmarks.learning.data import CONFIGURATION, Data
 from benchmarks.learning.pretrain import CHECKPOINT
 from benchmarks.phantoms import TokenProbe
+from nnssl_ext.benchmark.untrained import fresh_backbone
 from nnssl_ext.finetuning.export import load_into_modules
 from nnssl_ext.finetuning.pretrained import Pretrained
 
@@ -26,7 +27,7 @@ def untrained(settings: dict[str, Any], folder: Path, given: Path | None) -> dic
     """Of the weights that a pretraining with this seed starts from."""
     data = Data.beside(folder)
     plan = data.plan(settings["family"], settings["patch"], 1)
-    backbone = fresh_backbone(plan, settings["family"], settings["seed"])
+    backbone = fresh_backbone(plan, CONFIGURATION, settings["family"], settings["seed"])
     return _judged(TokenProbe(data.cohort, plan.configuration(CONFIGURATION).patch_size), backbone)
 
 
@@ -34,7 +35,7 @@ def intensities(settings: dict[str, Any], folder: Path, given: Path | None) -> d
     """Of the voxels themselves, in cells as large as those of the encoder's features."""
     data = Data.beside(folder)
     plan = data.plan(settings["family"], settings["patch"], 1)
-    backbone, probe = fresh_backbone(plan, settings["family"], 0), TokenProbe(data.cohort, plan.configuration(CONFIGURATION).patch_size)
+    backbone, probe = fresh_backbone(plan, CONFIGURATION, settings["family"], 0), TokenProbe(data.cohort, plan.configuration(CONFIGURATION).patch_size)
     cell = backbone.dense_stride
     return {"knn_dice": probe.dice(probe.raw(cell), cell)}
 

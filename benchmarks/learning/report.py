@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.study import Baseline, Trial
-from benchmarks.learning.units import Unit
+from nnssl_ext.benchmark.units import Unit
 
 HEAD = (
     "method",

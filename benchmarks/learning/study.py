@@ -13,8 +13,8 @@ from benchmarks.learning.clusters import clustered
 from benchmarks.learning.finetune import finetune
 from benchmarks.learning.pretrain import pretrain
 from benchmarks.learning.suite import CLUSTERED, FINE_TUNING, LABELS, PATCH, SUITE, Entry
-from benchmarks.learning.units import Unit
 from benchmarks.methods import methods
+from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.core.files import sha256_file
 
 

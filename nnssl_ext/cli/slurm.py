@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nnssl_ext.benchmark.lanes import finish_all
+from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.cli import train
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.paths import RESULTS, root
@@ -85,27 +87,77 @@ def submit(options: argparse.Namespace) -> int:
     Raises:
         UserError: submitit or SLURM is missing, SLURM refuses, an unknown or impossible setting, or a mistake in one of the trainings.
     """
-    submitit = _submitit()
     given = settings(options.slurm)
-    cluster = given.pop("cluster", "slurm")
+    cluster = _cluster(given)
+    jobs = [_job(single) for single in _singles(options)]
+    submitted = _submitted(jobs, {**_resources(options, given), **given}, cluster, root(RESULTS) / "slurm_logs")
+    _tell(submitted, jobs, cluster)
+    return 0
+
+
+def _cluster(given: dict[str, Any]) -> str:
+    """Takes the kind of cluster out of the settings."""
+    cluster: str = given.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise UserError(f"unknown cluster '{cluster}'", "option --slurm", "known: slurm, local (jobs on this machine, to try it out)")
-    jobs = [_job(single) for single in _singles(options)]
-    logs = root(RESULTS) / "slurm_logs"
+    return cluster
+
+
+def _submitted(jobs: Sequence[Any], parameters: dict[str, Any], cluster: str, logs: Path) -> list[Any]:
+    """A job array of submitit."""
+    submitit = _submitit()
     try:
         executor = submitit.AutoExecutor(logs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
     except RuntimeError:
         raise UserError("SLURM was not found (there is no srun)", "option --slurm", "submit from a machine of the cluster") from None
-    parameters = {**DEFAULTS, **_resources(options, given), **given}
     with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
         try:
-            executor.update_parameters(**parameters)
+            executor.update_parameters(**{**DEFAULTS, **parameters})
             with redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
-                submitted = executor.submit_array(jobs)
+                return list(executor.submit_array(jobs))
         except (ValueError, submitit.core.utils.FailedJobError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"the jobs were not accepted: {reason}", "option --slurm", "correct the settings, then submit again") from None
-    _tell(submitted, jobs, cluster)
+
+
+@dataclass(frozen=True)
+class ChainJob:
+    """Units of a benchmark one after the other: a pretraining and what follows it.
+
+    Args:
+        units: those that need others come after them.
+        out: the benchmark's folder.
+    """
+
+    units: tuple[Unit, ...]
+    out: Path
+
+    def __call__(self) -> list[str]:
+        """Finish them in a process of one thread; what went wrong."""
+        return finish_all(self.units, self.out, 1)
+
+    def checkpoint(self) -> Any:
+        """What the job does when it starts again; called by submitit."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def submit_chains(units: Sequence[Unit], out: Path, texts: Sequence[str], device: str, command: Sequence[str]) -> int:
+    """Submit the units of a benchmark, a job for each that needs no other and what needs it; raises what `submit` raises."""
+    chains: dict[str, list[Unit]] = {}
+    for unit in units:
+        first = unit
+        while first.needs is not None and first.needs in units:
+            first = first.needs
+        chains.setdefault(first.digest, []).append(unit)
+    jobs = [ChainJob(tuple(chain), out) for chain in chains.values()]
+    resources = {"tasks_per_node": 1, "cpus_per_task": 2 if device == "cpu" else 10, **({} if device == "cpu" else {"gpus_per_node": 1})}
+    given = settings(texts)
+    cluster = _cluster(given)
+    submitted = _submitted(jobs, {**resources, **given}, cluster, out / "slurm_logs")
+    for job, own in zip(submitted, jobs):
+        print(f"job {job.job_id}: {', '.join(unit.name for unit in own.units)}\n  log: tail -F {job.task(0).paths.stdout}")
+    number = submitted[0].job_id.split("_")[0]
+    print(f"cancel: {'scancel ' + number if cluster == 'slurm' else 'kill JOB'}\nafterwards, for the report: nnssl_benchmark {shlex.join(command)}")
     return 0
 
 

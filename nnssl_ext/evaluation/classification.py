@@ -102,9 +102,10 @@ def matched(lines: Sequence[Labelled], cases: Sequence[Case]) -> list[Case]:
     return [known[line.case] for line in lines]
 
 
-def features_of(cases: Sequence[Case], pretrained: Pretrained, device: str = "cpu") -> dict[str, np.ndarray]:
-    """Features (cases, D) by method: of the checkpoint, of random weights, of the intensities."""
+def features_of(cases: Sequence[Case], pretrained: Pretrained, device: str = "cpu", only: str | None = None) -> dict[str, np.ndarray]:
+    """Features (cases, D) by method: of the checkpoint, of random weights, of the intensities; or of `only` one of them."""
     extractors = {pretrained.method: Extractor.load(pretrained, device=device), RANDOM: Extractor.untrained(pretrained, device=device)}
+    extractors = {name: extractor for name, extractor in extractors.items() if only in (None, name)}
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*extractors, STATISTICS)}
     for case in cases:
         loaded = load(case).cropped()

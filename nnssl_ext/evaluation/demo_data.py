@@ -107,32 +107,43 @@ def write_dataset_901(raw_root: Path | str, train: int = 6, test: int = 4, seed:
     return _write_nnunet(Path(raw_root) / ORGAN_SET, "torso", settings, {"background": 0, **ORGANS}, description, "CT", volume, train, test, workers)
 
 
-def write_dataset_802(raw_root: Path | str, count: int = 24, seed: int = 0, size: int = 64, spacing: float = 3.0, workers: int = 2) -> dict[str, Any]:
-    """Unlabelled phantoms, CT and MR in turn, every one its own subject.
+def write_dataset_802(
+    raw_root: Path | str,
+    count: int = 24,
+    seed: int = 0,
+    size: int = 64,
+    spacing: float = 3.0,
+    workers: int = 2,
+    modalities: Sequence[str] = ("CT", "MR"),
+) -> dict[str, Any]:
+    """Unlabelled phantoms, every one its own subject.
 
     Args:
         raw_root: nnssl_raw.
         count: volumes.
         size: voxels per axis.
         spacing: mm.
+        modalities: of the volumes, in turn.
     """
     names = [f"phantom_{index:04d}" for index in range(count)]
-    modalities = ["CT" if index % 2 == 0 else "MR" for index in range(count)]
+    each = [modalities[index % len(modalities)] for index in range(count)]
     files = [f"images/{name}.nii.gz" for name in names]
     jobs = []
     for index in range(count):
 
         def image(index: int = index) -> tuple[np.ndarray, Geometry]:
-            phantom = make_phantom(seed, index, (size,) * 3, (spacing,) * 3, modalities[index])
+            phantom = make_phantom(seed, index, (size,) * 3, (spacing,) * 3, each[index])
             return rounded(phantom.image), phantom_geometry(phantom)
 
         jobs.append((files[index], image))
 
     def metadata() -> dict[str, Any]:
-        entries = [(name, "phantom", "scan_0", modality, file, {"synthetic": True}) for name, modality, file in zip(names, modalities, files, strict=True)]
+        entries = [(name, "phantom", "scan_0", modality, file, {"synthetic": True}) for name, modality, file in zip(names, each, files, strict=True)]
         return {"pretrain_data.json": pretrain_data(802, PHANTOM_COHORT, entries, f"{count} procedural phantoms")}
 
-    settings = {"data": "phantom cohort", "count": count, "seed": seed, "size": size, "spacing": spacing}
+    settings: dict[str, Any] = {"data": "phantom cohort", "count": count, "seed": seed, "size": size, "spacing": spacing}
+    if tuple(modalities) != ("CT", "MR"):  # records of data sets that are already there name none
+        settings["modalities"] = list(modalities)
     return write_dataset(Path(raw_root) / PHANTOM_COHORT, settings, jobs, metadata, workers)
 
 

@@ -81,7 +81,7 @@ def volumes_wanted(wanted: Sequence[int] | None, available: int) -> list[int]:
     return sorted(set(wanted)) if wanted else [count for count in VOLUMES if count <= available]
 
 
-def evaluate(pretrained: Pretrained, folder: Path, wanted: Sequence[int] | None = None, device: str = "cpu") -> list[dict[str, Any]]:
+def evaluate(pretrained: Pretrained, folder: Path, wanted: Sequence[int] | None = None, device: str = "cpu", only: str | None = None) -> list[dict[str, Any]]:
     """Dice of every test case by method ("method"), number of labelled volumes ("volumes") and classifier ("classifier"): "case", "dice".
 
     Args:
@@ -89,6 +89,7 @@ def evaluate(pretrained: Pretrained, folder: Path, wanted: Sequence[int] | None 
         folder: of the labelled dataset, nnU-Net's raw format.
         wanted: numbers of labelled volumes; smaller subsets lie within larger ones, and are those of `nnssl_finetune -n` where it trains on the same cases.
         device: where the backbone runs.
+        only: the one method to judge; None: the checkpoint's, random weights and raw intensities.
 
     Raises:
         UserError: what `find_labelled` raises, more volumes wanted than labelled, unreadable cases, volumes of one class only.
@@ -101,6 +102,7 @@ def evaluate(pretrained: Pretrained, folder: Path, wanted: Sequence[int] | None 
     cell = extractors[RANDOM].cell
     encoders: dict[str, Encode] = {name: partial(_encoded, extractor) for name, extractor in extractors.items()}
     encoders[RAW_PATCHES] = lambda volume: raw_patches(volume.array, cell, volume.info["fill"])
+    encoders = {name: encode for name, encode in encoders.items() if only in (None, name)}
     ignore, used = ignored_label(folder), set(subsets[counts[-1]])
 
     def read(pairs: Sequence[LabelledCase], balance: bool) -> dict[str, Tokens]:

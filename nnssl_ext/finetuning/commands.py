@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnssl_ext.core.errors import UserError
@@ -47,7 +47,7 @@ class Handoff:
     Args:
         dataset: `DatasetXXX_NAME`.
         plans: the plans file.
-        weights: the file for `-pretrained_weights`.
+        weights: the file for `-pretrained_weights`; None: train from scratch.
         configuration: name of nnU-Net's configuration.
         trainer: name of nnU-Net's trainer class.
         report: what became of each tensor.
@@ -55,7 +55,7 @@ class Handoff:
 
     dataset: str
     plans: Path
-    weights: Path
+    weights: Path | None
     configuration: str
     trainer: str
     report: ExportReport
@@ -67,7 +67,8 @@ class Handoff:
     def train(self, machine: Machine, fold: str) -> Command:
         gpus = ("-num_gpus", str(machine.num_gpus)) if machine.num_gpus > 1 else ()
         model = (self.dataset, self.configuration, fold, *self._model)
-        return ("nnUNetv2_train", *model, "-device", machine.device, *gpus, "-pretrained_weights", str(self.weights))
+        weights = () if self.weights is None else ("-pretrained_weights", str(self.weights))
+        return ("nnUNetv2_train", *model, "-device", machine.device, *gpus, *weights)
 
     def predict(self, machine: Machine, fold: str, images: Path, out: Path) -> Command:
         workers = ("-npp", str(machine.processes), "-nps", str(machine.processes))
@@ -144,8 +145,7 @@ def finetune(handoff: Handoff, machine: Machine, fold: str = "0", resume: bool =
     """
     if not is_preprocessed(handoff.plans, handoff.configuration):
         run(handoff.preprocess(machine), machine)
-    training = handoff.train(machine, fold)
-    run((*training[: training.index("-pretrained_weights")], "--c") if resume else training, machine)
+    run((*replace(handoff, weights=None).train(machine, fold), "--c") if resume else handoff.train(machine, fold), machine)
     raw = root("nnUNet_raw") / handoff.dataset
     images, labels, out = raw / "imagesTs", raw / "labelsTs", handoff.results / f"imagesTs_fold_{fold}"
     if not images.is_dir() or not any(images.iterdir()):

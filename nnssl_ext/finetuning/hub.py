@@ -83,9 +83,7 @@ def _upload(folder: Path, name: str, revision: str | None) -> str:
         if api.file_exists(name, ABOUT, revision=revision):
             _check_ours(Path(api.hf_hub_download(name, ABOUT, revision=revision)), where)
         former = [CURVES, VIEWS, PRETRAINING]  # of an earlier upload; what is uploaded now stays
-        api.upload_folder(
-            repo_id=name, folder_path=folder, revision=revision, commit_message="Model of nnssl_ext", repo_type="model", delete_patterns=former
-        )
+        api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Model of nnssl_ext", repo_type="model", delete_patterns=former)
     except (OSError, ValueError, package.errors.HfHubHTTPError, *transport()) as error:
         raise refused(error, where, "upload") from None
     return address

@@ -11,15 +11,18 @@ import torch
 from benchmarks import phantoms
 from benchmarks.learning import __main__ as program
 from benchmarks.learning import data as data_module
-from benchmarks.learning import positives, study, units
+from benchmarks.learning import positives, study
 from benchmarks.learning.data import Data
-from benchmarks.learning.finetune import dice, seed_all
+from benchmarks.learning.finetune import dice
 from benchmarks.learning.pretrain import methods
 from benchmarks.learning.report import rows, table
 from benchmarks.learning.study import Baseline, Trial
 from benchmarks.learning.suite import FINE_TUNING, SUITE, Entry
-from benchmarks.learning.units import RECORD, Unit, finish, finish_all
 from benchmarks.phantoms import PhantomPairs
+from nnssl_ext.benchmark import units
+from nnssl_ext.benchmark.lanes import finish_all
+from nnssl_ext.benchmark.quick import seed_all
+from nnssl_ext.benchmark.units import RECORD, Unit, finish
 from nnssl_ext.core.files import write_json
 from nnssl_ext.data.sessions import read_sessions
 from nnssl_ext.evaluation.phantom import make_phantom
@@ -68,18 +71,18 @@ def test_an_interrupted_unit_begins_anew_and_alone(tmp_path):
 
 
 def test_two_lanes_give_the_records_of_one_and_threads_are_one(tmp_path):
-    chains = [chain(number, f"toy{number}") for number in range(4)]
+    both = [unit for number in range(4) for unit in chain(number, f"toy{number}")]
     results = []
     for lanes in (1, 2):
         out = tmp_path / str(lanes)
-        assert finish_all(chains, out, lanes, say=lambda text: None) == []
-        results.append([unit.record(out)["result"] for units_ in chains for unit in units_])
-        assert len(calls(out)) == 8 and finish_all(chains, out, lanes, say=lambda text: None) == [] and len(calls(out)) == 8
+        assert finish_all(both, out, lanes, say=lambda text: None) == []
+        results.append([unit.record(out)["result"] for unit in both])
+        assert len(calls(out)) == 8 and finish_all(both, out, lanes, say=lambda text: None) == [] and len(calls(out)) == 8
     assert results[0] == results[1] == [{"number": factor * number, "threads": 1} for number in range(4) for factor in (2, 4)]
 
 
 def test_a_chain_that_fails_is_reported_and_the_others_are_finished(tmp_path):
-    (error,) = finish_all([chain(-1, "bad"), chain(1, "good")], tmp_path, 1, say=lambda text: None)
+    (error,) = finish_all([*chain(-1, "bad"), *chain(1, "good")], tmp_path, 1, say=lambda text: None)
     assert "bad_first" in error and "negative" in error and chain(1)[1].digest in {path.name.rsplit("_", 1)[1] for path in (tmp_path / "units").glob("*")}
     (log,) = (tmp_path / "units").glob("*/error.txt")
     assert "ValueError" in log.read_text() and not (log.parent / RECORD).exists()

@@ -16,7 +16,7 @@ TEXT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCRIPTS = dict(re.findall(r'(?m)^(nnssl_\w+) = "([\w.]+):main"$', TEXT))
 
 
-PACKAGES = {"sklearn": "scikit_learn", "PIL": "pillow"}  # modules of another name than their package's
+PACKAGES = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}  # modules of another name than their package's
 
 
 def declared():

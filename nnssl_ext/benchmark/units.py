@@ -6,26 +6,19 @@ writes and prints (log.txt); record.json, written last, marks it finished. A uni
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nnssl_ext.core.files import read_json, sha256_json, write_json, write_text
+from nnssl_ext.core.files import read_json, sha256_json, write_json
 
 THREADS = 1  # of each unit
-RECORD = "record.json"
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(THREADS))
+RECORD, LATEST = "record.json", "checkpoint_latest.pth"
 Work = Callable[[dict[str, Any], Path, Path | None], dict[str, Any]]
 
 
@@ -39,12 +32,16 @@ class Unit:
             its result in JSON types.
         settings: all that the result depends on beside the versions of the packages and the number of threads, in JSON types.
         needs: the unit that must be finished before.
+        cost: seconds that it may take, about: longer chains begin earlier.
+        goes_on: `work` continues from the checkpoint_latest.pth that an interruption left.
     """
 
     name: str
     work: Work
     settings: dict[str, Any]
     needs: Unit | None = None
+    cost: float = field(default=60.0, compare=False)
+    goes_on: bool = field(default=False, compare=False)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,8 +77,9 @@ def finish(unit: Unit, out: Path) -> dict[str, Any]:
         finish(unit.needs, out)
         given = unit.needs.folder(out)
     folder = unit.folder(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not (unit.goes_on and (folder / LATEST).is_file()):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic(), time.process_time()
     with open(folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log):
         result = unit.work(unit.settings, folder, given)
@@ -89,38 +87,3 @@ def finish(unit: Unit, out: Path) -> dict[str, Any]:
     record = {"name": unit.name, "identity": unit.identity, "result": result, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
     write_json(folder / RECORD, record)
     return record
-
-
-def finish_all(chains: Sequence[Sequence[Unit]], out: Path, lanes: int, say: Callable[[str], None] = print) -> list[str]:
-    """Finish all units, `lanes` chains at a time, each in a process with one thread; the units of a chain one after the other.
-
-    Returns:
-        what went wrong, a sentence for each chain that was given up; the other ones are finished.
-    """
-    os.environ.update(ONE_THREAD)  # before the processes start: they read it when they load their libraries
-    missing = [chain for chain in chains if any(unit.record(out) is None for unit in chain)]
-    errors = []
-    with ProcessPoolExecutor(max(1, lanes), get_context("spawn"), _begin_lane) as pool:
-        for done in as_completed([pool.submit(_finish_chain, chain, out) for chain in missing]):
-            text, failed = done.result()
-            say(text)
-            errors += [text] * failed
-    return errors
-
-
-def _begin_lane() -> None:
-    torch.set_num_threads(THREADS)
-    set_start_method(None, force=True)  # nnU-Net's pools begin as in its own commands; they would load torch a dozen times
-
-
-def _finish_chain(chain: Sequence[Unit], out: Path) -> tuple[str, bool]:
-    """What to say about a chain, and whether it was given up."""
-    done = []
-    for unit in chain:
-        try:
-            record = finish(unit, out)
-        except Exception as error:
-            write_text(unit.folder(out) / "error.txt", traceback.format_exc())
-            return f"{unit.name} failed, {' '.join(str(error).split())[:200]} (see {unit.folder(out) / 'error.txt'})", True
-        done.append(f"{unit.name} {record['seconds']:.0f} s")
-    return ", ".join(done), False
