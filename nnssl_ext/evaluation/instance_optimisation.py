@@ -19,10 +19,11 @@ def optimise(
 ) -> Tensor:
     """A displacement (1, 3, d, h, w), in cells, under which the features are alike and which is smooth.
 
-    It is that of control points after repeated means over windows, which makes it a spline (and once more at the end). Minimised is the squared difference of the features, summed over
-    channels and averaged over the cells that stay in the image, plus the regularisation times the sum over the axes of the mean squared difference of
-    neighbours (diffusion). The best displacement met on the way counts: Adam's steps are long however small the gradient is, and would lead away from a
-    perfect start.
+    It is that of control points after repeated means over windows, which makes it a spline; one mean more at the end takes out part of what noise added.
+    Minimised is the squared difference of the features, summed over channels and averaged over the cells that stay in the image, plus the regularisation
+    times the sum over the axes of the mean squared difference of neighbours (diffusion). The best displacement met on the way counts: Adam's steps are long
+    however small the gradient is, and would lead away from a perfect start. Its first ones often make matters worse: fewer than some twenty iterations may
+    give the start back.
 
     Args:
         fixed, moving: (1, C, d, h, w).
