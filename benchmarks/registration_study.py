@@ -1,6 +1,6 @@
 """Zero-shot registration of real CT pairs with known displacements, by what backbones learned from other scans.
 
-``python -m benchmarks.registration_study --out FOLDER``: derives unlabelled volumes from two CT scans and six pairs from a third one, pretrains two
+``python -m benchmarks.registration_study --out FOLDER``: derives unlabelled volumes from two CT scans and pairs from a third one, pretrains two
 small networks on the former and gives the pairs to nnssl_evaluate_registration, one thread. What FOLDER already holds is kept, so that it goes on where
 it stopped. Writes study.json and study.md, the table.
 """
@@ -65,9 +65,9 @@ def write(path: Path, array: np.ndarray, spacing: float = SPACING) -> None:
     write_image(path, image, "the study")
 
 
-def make_pairs(folder: Path) -> None:
-    """Six pairs of the held-out scan with everything that is known of them, each with its list for the command."""
-    for index in range(PAIRS):
+def make_pairs(folder: Path, count: int) -> None:
+    """Pairs of the held-out scan with everything that is known of them, each with its list for the command."""
+    for index in range(count):
         if (folder / f"pair{index}.json").is_file():
             continue
         pair = derive_pair(0, index, HELD_OUT)
@@ -127,10 +127,10 @@ def pretrain(name: str, folder: Path) -> Path:
     return checkpoint
 
 
-def register(name: str, checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
+def register(name: str, checkpoint: Path, folder: Path, count: int) -> list[dict[str, Any]]:
     """Rows of all pairs."""
     rows = []
-    for index in range(PAIRS):
+    for index in range(count):
         out = folder / "registered" / name / f"pair{index}"
         if not (out / "results.json").is_file():
             common = ["-ckpt", str(checkpoint), "-pairs", str(folder / "pairs" / f"pair{index}.json"), "-out", str(out)]
@@ -161,14 +161,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.registration_study", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of everything")
-    folder: Path = parser.parse_args().out
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="how many (default: %(default)s)")
+    options = parser.parse_args()
+    folder: Path = options.out
     torch.set_num_threads(1)
     os.environ[VARIABLE] = "none"
     for part in ("pairs", "store/images"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     checkpoints = {name: pretrain(name, folder) for name in RUNS}
-    make_pairs(folder / "pairs")
-    rows = [row for name, checkpoint in checkpoints.items() for row in register(name, checkpoint, folder)]
+    make_pairs(folder / "pairs", options.pairs)
+    rows = [row for name, checkpoint in checkpoints.items() for row in register(name, checkpoint, folder, options.pairs)]
     rows.sort(key=lambda row: row["method"] != INITIAL)
     assert set(SHOWN) <= set(METRICS)
     write_json(folder / "study.json", {"rows": rows, "held_out": HELD_OUT, "trained": TRAINED, "iterations": ITERATIONS})

@@ -17,10 +17,15 @@ from nnssl_ext.nn.warp import identity_grid, warp
 EDGE = 1e-3  # cells beyond the faces that rounding may lead to
 
 
-def _near(cells: int, window: int, like: Tensor) -> Tensor:
-    """Which cells (columns) the window around each cell (rows) holds, 0 or 1."""
-    at = torch.arange(cells, device=like.device)
-    return ((at - at[:, None]).abs() <= window // 2).to(like.dtype)
+def repeated_means(values: Tensor, window: int, passes: int, counted: bool) -> Tensor:
+    """Repeated means over the window around a cell: a matrix for each axis. What lies outside is counted as zeros, or not at all."""
+    matrices = []
+    for n in values.shape[2:]:
+        at = torch.arange(n, device=values.device)
+        near = ((at - at[:, None]).abs() <= window // 2).to(values.dtype)
+        matrices.append(torch.linalg.matrix_power(near / (window if counted else near.sum(1, keepdim=True)), passes))
+    z, y, x = matrices
+    return y @ (z @ values.flatten(3)).view(values.shape) @ x.T
 
 
 class ControlGrids:
@@ -42,14 +47,16 @@ class ControlGrids:
         return self.pool(displacement, step) / step
 
     def smooth(self, values: Tensor, window: int, passes: int) -> Tensor:
-        """Repeated means over the window around a cell, as far as it lies inside: a matrix for each axis."""
-        z, y, x = (torch.linalg.matrix_power(self.means(n, window, values), passes) for n in values.shape[2:])
-        return y @ (z @ values.flatten(3)).view(values.shape) @ x.T
+        """Repeated means over the window around a cell, as far as it lies inside."""
+        return repeated_means(values, window, passes, counted=False)
 
-    def means(self, cells: int, window: int, like: Tensor) -> Tensor:
-        """Matrix (cells, cells) that takes the mean over the window along one axis."""
-        near = _near(cells, window, like)
-        return near / near.sum(1, keepdim=True)
+    def relax(self, displacement: Tensor, window: int, passes: int) -> Tensor:
+        """Repeated means of a displacement whose control points beyond the faces all have its mean.
+
+        So a translation stays what it is, and what noise makes of the background dies out towards the faces, which means as far as they lie inside don't do.
+        """
+        whole = displacement.mean((2, 3, 4), keepdim=True)
+        return whole + repeated_means(displacement - whole, window, passes, counted=True)
 
     def warp(self, values: Tensor, displacement: Tensor) -> Tensor:
         """`values` at p + u(p); outside the nearest cell counts."""
@@ -88,8 +95,11 @@ class LegacyGrids(ControlGrids):
     def reduce(self, displacement: Tensor, step: int) -> Tensor:
         return F.interpolate(displacement, size=[n // step for n in displacement.shape[2:]], mode="trilinear", align_corners=False) / step
 
-    def means(self, cells: int, window: int, like: Tensor) -> Tensor:
-        return _near(cells, window, like) / window
+    def smooth(self, values: Tensor, window: int, passes: int) -> Tensor:
+        return repeated_means(values, window, passes, counted=True)
+
+    def relax(self, displacement: Tensor, window: int, passes: int) -> Tensor:
+        return self.smooth(displacement, window, passes)
 
     def warp(self, values: Tensor, displacement: Tensor) -> Tensor:
         shape = displacement.shape[2:]

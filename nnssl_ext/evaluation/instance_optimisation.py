@@ -19,10 +19,11 @@ def optimise(
 ) -> Tensor:
     """A displacement (1, 3, d, h, w), in cells, under which the features are alike and which is smooth.
 
-    It is that of control points after repeated means over windows, which makes it a spline. Minimised is the squared difference of the features, summed over
-    channels and averaged over the cells that stay in the image, plus the regularisation times the sum over the axes of the mean squared difference of
-    neighbours (diffusion). The best displacement met on the way counts: Adam's steps are long however small the gradient is, and would lead away from a
-    perfect start.
+    It is that of control points after repeated means over windows, which makes it a spline; one mean more at the end takes out part of what noise added.
+    Minimised is the squared difference of the features, summed over channels and averaged over the cells that stay in the image, plus the regularisation
+    times the sum over the axes of the mean squared difference of neighbours (diffusion). The best displacement met on the way counts: Adam's steps are long
+    however small the gradient is, and would lead away from a perfect start. Its first ones often make matters worse: fewer than some twenty iterations may
+    give the start back.
 
     Args:
         fixed, moving: (1, C, d, h, w).
@@ -34,16 +35,16 @@ def optimise(
         window, passes: of the means.
     """
     control, best = start.detach().clone().requires_grad_(), math.inf
-    field = grids.smooth(start, window, passes)
+    field = grids.relax(start, window, passes)
     sample = grids.sampler(moving)
     adam = torch.optim.Adam([control], lr)
     with torch.enable_grad():
         for _ in range(iterations):
-            now = grids.smooth(control, window, passes)
+            now = grids.relax(control, window, passes)
             apart, seen = (sample(now) - fixed).square().sum(1), grids.seen(now)
             loss = apart.where(seen, 0).sum() / seen.sum().clamp_min(1) + regularisation * 3 * flow_gradient(now)  # a mean over three axes
             if float(loss.detach()) < best:
                 field, best = now.detach(), float(loss.detach())
             control.grad = torch.autograd.grad(loss, control)[0]
             adam.step()
-    return field
+    return grids.relax(field, window, 1)
