@@ -55,6 +55,8 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         UserError: unreadable, another structure, or a name twice.
     """
+    if not path.is_file():
+        raise UserError("there is no list of pairs", path, 'write a JSON file: [{"fixed": "a.nii.gz", "moving": "b.nii.gz"}, ...]')
     content = read_json(path)
     if not (isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content)):
         raise UserError("the file is no list of pairs", path, 'write [{"fixed": "a.nii.gz", "moving": "b.nii.gz"}, ...]')
