@@ -27,8 +27,8 @@ from nnssl_ext.core.files import atomic_path, read_json, sha256_file, write_json
 FORMAT, FORMAT_VERSION = "nnssl_ext model", 1
 ABOUT, MODEL, PRETRAINING = "config.json", "model.safetensors", "pretraining.safetensors"
 _WEIGHTS = {"network_weights": MODEL, "ssl_state": PRETRAINING}  # files by the fields of a checkpoint
-_KEPT = ("format_version", "trainer_name", "family", "configuration", "transfer", "nnssl_adaptation_plan", "citations")
-_KEPT += ("config", "plan", "versions", "data_hash", "step", "init")
+_DESCRIBED = ("format_version", "trainer_name", "family", "configuration", "transfer", "nnssl_adaptation_plan", "citations")
+_KEPT = (*_DESCRIBED, "config", "plan", "versions", "data_hash", "step", "init")
 _REPOSITORY = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")  # `Path` makes one slash of two
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 _FILE = {
