@@ -23,7 +23,7 @@ METHOD, BASELINE, CONTROL, UPPER_BOUND = "method", "baseline", "negative control
 SCRATCH, RANDOM = "scratch", "random weights"
 # Seconds on one core of a probe, a classification, a registration, a quick fine-tuning: to begin with the longest, and to guess.
 COSTS = {"probe": 20.0, CLASSIFICATION: 20.0, REGISTRATION: 20.0}
-FINETUNE_COSTS = {"resenc": 75.0, "primus": 50.0}
+FINETUNE_COSTS = {"resenc": 90.0, "primus": 75.0}
 LONG = 36_000.0  # with a method's own epochs, or nnU-Net's
 
 
