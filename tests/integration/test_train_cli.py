@@ -3,17 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from nnssl_ext.cli import plan_and_preprocess, train
+from nnssl_ext.cli import export, finetune, plan_and_preprocess, train
 from nnssl_ext.core import files
 from nnssl_ext.core.files import sha256_file
 from nnssl_ext.trainers.checkpoint import load_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
+from tests.make_nnunet import make_dataset, make_roots, write_fingerprint
 from tests.make_raw import nnunet_dataset
 
 SHORT = ["-device", "cpu", "-o", "epochs=2", "iterations=2", "batch_size=1", "workers=0"]
@@ -69,6 +71,25 @@ def test_a_run_that_starts_from_another_has_its_own_folder_and_continues_without
     assert "starting from" not in capsys.readouterr().out
     assert train.main(["801", "3d_fullres", *SHORT, "--c", "-init", str(first)]) == 2
     assert "digits behind init=" in error_of(capsys)
+
+
+def test_a_shared_model_starts_a_run_as_its_checkpoint_does_and_fine_tunes(dataset, tmp_path, monkeypatch, capsys):
+    assert train.main(["801", "3d_fullres", *SHORT]) == 0
+    first, model = dataset / "checkpoint_final.pth", tmp_path / "model"
+    assert export.main(["-ckpt", str(first), "--hub", str(model), "--heads"]) == 0
+    trained = []
+    for given in (first, model):
+        assert train.main(["801", "3d_fullres", *SHORT, "-init", str(given)]) == 0
+        (file,) = dataset.parents[1].glob(f"{RUN}_init=*/fold_all/checkpoint_final.pth")
+        trained.append(load_checkpoint(file)["network_weights"])
+        shutil.rmtree(file.parents[1])
+    assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())
+    assert not torch.equal(*[weights[next(iter(weights))] for weights in (load_checkpoint(first)["network_weights"], trained[0])])
+    roots = make_roots(tmp_path, monkeypatch)
+    labelled = make_dataset(roots, 901, ["CT"], cases=1)
+    write_fingerprint(roots, labelled, 1)
+    assert finetune.main(["-ckpt", str(model), "-d", "901", "--plan_only", "-device", "cpu"]) == 0
+    assert "100.0 %" in capsys.readouterr().out
 
 
 def test_two_processes_train_together(dataset):
