@@ -29,6 +29,7 @@ def finish_all(units: Iterable[Unit], out: Path, lanes: int, say: Callable[[str]
         what went wrong, a sentence for each unit that failed; the other ones are finished, but for those that need one of them.
     """
     os.environ.update(ONE_THREAD)  # before the processes start: they read it when they load their libraries
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # between libraries; nothing a user can mend
     waiting, errors = missing(units, out), list[str]()
     progress = Progress(waiting, lanes)
     while waiting:
