@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from nnssl_ext.trainers.config import parse_overrides
 from nnssl_ext.trainers.sinks import VARIABLE, read_metrics
 
 CHECKPOINT = "checkpoint_final.pth"
+KEPT = 2**29  # bytes of noise in memory
 EPOCHS = 5  # windows of a pretraining of given steps, each with its validation and its record
 
 
@@ -52,19 +52,22 @@ def _text(value: Any) -> str:
 
 
 class NoiseStore(CaseStore):
-    """The cases of a store with white noise in place of their voxels: there is nothing to learn in them."""
+    """The cases of a store with white noise in place of their voxels: there is nothing to learn in them. As many as fit into `KEPT` bytes are kept."""
+
+    def __init__(self, folder: Path | str) -> None:
+        super().__init__(folder)
+        self._kept, self._bytes = dict[int, np.ndarray](), 0
 
     def read(self, case: int, box: Box | None = None) -> np.ndarray:
-        volume = _noise(case, len(self.fill(case)), self.shape(case))
+        volume = self._kept.get(case)
+        if volume is None:
+            volume = sample_rng(0, case, "benchmark noise").standard_normal((len(self.fill(case)), *self.shape(case)), dtype=np.float32)
+            if self._bytes + volume.nbytes <= KEPT:
+                self._kept[case], self._bytes = volume, self._bytes + volume.nbytes
         return volume.copy() if box is None else volume[box_slices(box)].copy()
 
     def data_hash(self) -> str:
         return f"noise {super().data_hash()}"
-
-
-@lru_cache(maxsize=4)
-def _noise(case: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
-    return sample_rng(0, case, "benchmark noise").standard_normal((channels, *shape), dtype=np.float32)
 
 
 def pretrain(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:
