@@ -16,8 +16,9 @@ from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import sha256_file
 from nnssl_ext.core.plan import ConfigPlan
-from nnssl_ext.finetuning.plans import FREEZING, FULL, MODES
+from nnssl_ext.finetuning.plans import ENCODER, FREEZING, FULL, MODES, has_mode
 from nnssl_ext.nn.backbones.base import backbone_class, check_support
+from nnssl_ext.planners.planner import Planner
 
 METHOD, BASELINE, CONTROL, UPPER_BOUND = "method", "baseline", "negative control", "upper bound"
 SCRATCH, RANDOM = "scratch", "random weights"
@@ -47,13 +48,20 @@ def with_families(suite: Suite) -> Suite:
 
 
 def check(suite: Suite, where: object) -> None:
-    """Raise a `UserError` where trainers, hyper-parameters or modes don't exist: before anything is computed."""
+    """Raise a `UserError` where trainers, hyper-parameters or modes don't exist, or no backbone family has a mode: before anything is computed."""
     for method in suite.all_methods:
         trainer_class(method.trainer)
         config_of(method, 0)
     for cells in suite.finetuning:
         if cells.mode not in MODES:
             raise UserError(f"there is no mode '{cells.mode}'", where, did_you_mean(cells.mode, MODES))
+    families = dict.fromkeys(method.family for method in with_families(suite).methods)
+    made = [Planner.families[family]((1.0,) * 3, (64,) * 3, "nano", 1e3, 2) for family in families if family in Planner.families]
+    networks = [network.class_name for network in made if network is not None]
+    offered = [mode for mode in MODES if len(networks) < len(families) or any(has_mode(network, mode) for network in networks)]
+    for cells in suite.finetuning:
+        if cells.mode not in offered:
+            raise UserError(f"there is no mode {cells.mode} for {' and '.join(families)}", where, f"choose among {', '.join(offered)}")
 
 
 def check_families(suite: Suite, config: ConfigPlan) -> None:
@@ -85,14 +93,14 @@ class _Grid:
             for seed, unit in enumerate(begins):
                 named = {"method": RANDOM, "family": family, "role": BASELINE, "pretrain_seed": None, "seed": seed}
                 yield from self._features(unit, named)
-                yield from self._finetunings(unit, named, self._cells(False))
+                yield from self._finetunings(unit, named, self._cells(family, False))
             yield from self._upper_bound(begins, family)
         for method in self.suite.all_methods:
             yield from self._method(method)
 
     def _method(self, method: Method) -> Iterator[Planned]:
         code = sha256_file(str(getsourcefile(trainer_class(method.trainer))))
-        cells = self._cells(True, handed_over=self._hands_over_decoder(method))
+        cells = self._cells(method.family, True, handed_over=self._hands_over_decoder(method))
         role = CONTROL if method.noise else METHOD
         if method.noise:  # what it is for: the gain of full fine-tuning with the fewest labels
             fewest = min((count for one in cells if one.mode == FULL for count in one.labels), default=None)
@@ -114,9 +122,11 @@ class _Grid:
         cls, backbone = trainer_class(method.trainer), backbone_class(self.config, method.family)
         return cls.trains_decoder and cls.transfers_decoder and "decoder" in backbone.supports
 
-    def _cells(self, pretrained: bool, handed_over: bool = False) -> list[Cells]:
-        """Fine-tunings of a method, or of its baselines; of an encoder alone only where a decoder could be handed over with it."""
-        return [cells for cells in self.suite.finetuning if cells.mode != "encoder" or (pretrained and handed_over)]
+    def _cells(self, family: str, pretrained: bool, handed_over: bool = False) -> list[Cells]:
+        """Fine-tunings of a method, or of its baselines: in modes that its network has, of an encoder alone only where a decoder could be handed over, too."""
+        network = self.config.network(family).class_name
+        found = [cells for cells in self.suite.finetuning if has_mode(network, cells.mode)]
+        return [cells for cells in found if cells.mode != ENCODER or (pretrained and handed_over)]
 
     def _finetunings(self, unit: Unit, named: dict[str, Any], cells: Sequence[Cells]) -> Iterator[Planned]:
         for dataset in self._able(SEGMENTATION):

@@ -84,7 +84,7 @@ class Cells:
     """Fine-tunings of every method.
 
     Args:
-        mode: "full", "encoder", "frozen" or "linear".
+        mode: one of `nnssl_finetune`: "full", "encoder", "frozen", "adapter", "mlp" or "linear"; left out for families that don't have it.
         labels: how many labelled cases; smaller subsets lie within larger ones.
         seeds: how many; None: all of the suite.
     """

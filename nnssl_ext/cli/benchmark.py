@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import SOME_FAILED, at_least_one, parser, run
+from nnssl_ext.cli.export import MODES
 from nnssl_ext.core.errors import UserError
 
 if TYPE_CHECKING:
     from nnssl_ext.benchmark.suite import Suite
 
-MODES = ("full", "encoder", "frozen", "linear")
 LABELS = (2, 4, 8)
 
 
@@ -35,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-seeds", metavar="N", type=at_least_one, default=3, help="of pretraining and fine-tuning (default: %(default)s)")
     help_labels = "numbers of labelled cases (default: those of 2, 4 and 8 that there are); smaller subsets lie within larger ones"
     result.add_argument("-n", metavar="N", nargs="+", type=at_least_one, help=help_labels)
-    result.add_argument("-mode", nargs="+", choices=MODES, default=["full"], help="of fine-tuning (default: full)")
+    result.add_argument("-mode", nargs="+", choices=MODES, default=["full"], help="of fine-tuning, as of nnssl_finetune (default: full)")
     help_quick = "fine-tune for a few hundred iterations in this process, for trials; default: nnU-Net's own commands, 1000 epochs"
     result.add_argument("--quick", action="store_true", help=help_quick)
     result.add_argument("-lanes", metavar="N", type=at_least_one, help="units at a time, of one thread each (default: 2 on the CPU, 1 with a card)")

@@ -11,6 +11,7 @@ from nnssl_ext.benchmark.grid import grid, with_families
 from nnssl_ext.benchmark.suite import Cells, Method, Network, Quick, Suite
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import write_json
+from nnssl_ext.finetuning.plans import MODES
 from tests.make_data import make_plan, tiny_plan
 
 SET, TASKS = "Dataset902_Organs", "Dataset904_Tasks"
@@ -52,6 +53,17 @@ def test_every_cell_of_the_grid_has_its_units(tmp_path):
     alone = [run["kind"] for run in runs if run["family"] is None]
     assert sorted(alone) == ["classification", "registration"]  # what no network has a part in
     assert len({one.unit.digest for one in planned}) == len(planned) == len({one.unit.name for one in planned})
+
+
+def test_a_mode_is_left_out_for_the_families_that_do_not_have_it(tmp_path):
+    planned = grid(dataclasses.replace(SUITE, finetuning=tuple(Cells(mode, (2,), 1) for mode in MODES)), data(tmp_path), "cpu")
+    found = {
+        (run["family"], run["method"], run["mode"]) for run in (one.run for one in planned) if run and run["role"] in ("method", "baseline") and run["mode"]
+    }
+    for mode in ("frozen", "mlp", "linear", "adapter"):
+        for family, method in (("resenc", "MAETrainer"), ("primus", "DINOv2Trainer")):
+            own = {(family, method, mode), (family, "random weights", mode)}
+            assert own <= found if (family, mode) != ("resenc", "adapter") else not own & found
 
 
 def test_methods_are_fine_tuned_with_the_seed_of_their_pretraining_and_compared_with_scratch_of_the_same_seed(tmp_path):
