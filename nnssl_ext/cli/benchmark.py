@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,9 @@ def arguments() -> argparse.ArgumentParser:
     help_labels = "numbers of labelled cases (default: those of 2, 4 and 8 that there are); smaller subsets lie within larger ones"
     result.add_argument("-n", metavar="N", nargs="+", type=at_least_one, help=help_labels)
     result.add_argument("-mode", nargs="+", choices=MODES, default=["full"], help="of fine-tuning, as of nnssl_finetune (default: full)")
-    help_quick = "fine-tune for a few hundred iterations in this process, for trials; default: nnU-Net's own commands, 1000 epochs"
+    help_schedule = "of fine-tuning, as our nnU-Net trainers' names go on: 150ep for 150 epochs, short for a trial (default: 1000 epochs)"
+    result.add_argument("-schedule", metavar="NAME", default="", help=help_schedule)
+    help_quick = "fine-tune for a few hundred iterations in this process, for trials (default: by nnU-Net's own commands)"
     result.add_argument("--quick", action="store_true", help=help_quick)
     result.add_argument("-lanes", metavar="N", type=at_least_one, help="units at a time, of one thread each (default: 2 on the CPU, 1 with a card)")
     result.add_argument("-device", choices=("cpu", "cuda"), help="default: the CPU for a suite with quick fine-tuning, else cuda where there is a card")
@@ -131,15 +134,9 @@ def _suite(options: argparse.Namespace) -> Suite:
     methods = tuple(Method(trainer, family, options=values) for trainer in dict.fromkeys(options.tr) for family in _families(trainer, options.b))
     cells = tuple(Cells(mode, labels) for mode in dict.fromkeys(options.mode))
     made = Suite("command line", methods, options.datasets[0], tuple(options.datasets[1:]), seeds=options.seeds, finetuning=cells, probe=labels)
-    made = made if not options.quick else _quick(made)
+    made = replace(made, quick={} if options.quick else None, schedule=options.schedule)
     check_numbers(made, "command line")
     return made
-
-
-def _quick(suite: Suite) -> Suite:
-    from dataclasses import replace
-
-    return replace(suite, quick={})
 
 
 def _pair(text: str) -> tuple[str, str]:
