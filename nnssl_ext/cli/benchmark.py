@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     help_quick = "fine-tune for a few hundred iterations in this process, for trials (default: by nnU-Net's own commands)"
     result.add_argument("--quick", action="store_true", help=help_quick)
     result.add_argument("-lanes", metavar="N", type=at_least_one, help="units at a time, of one thread each (default: 2 on the CPU, 1 with a card)")
-    result.add_argument("-device", choices=("cpu", "cuda"), help="default: the CPU for a suite with quick fine-tuning, else cuda where there is a card")
+    result.add_argument("-device", choices=("cpu", "cuda"), help="default: the CPU with quick fine-tuning, else cuda for jobs and where there is a card")
     help_slurm = "as jobs of a SLURM cluster, one for each pretraining and what follows it; settings of sbatch; the same command without it writes the report"
     result.add_argument("--slurm", metavar="KEY=VALUE", nargs="*", help=help_slurm)
     result.add_argument("--write-expected", metavar="FILE", type=Path, help="keep the numbers of this run, for --check")
@@ -69,19 +69,23 @@ def _main(options: argparse.Namespace) -> int:
     suite = _suite(options)
     grid.check(suite, options.suite or "command line")
     suite = grid.with_families(suite)
-    device = options.device or ("cuda" if suite.quick is None and torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    jobs = options.slurm is not None
+    device = options.device or ("cuda" if suite.quick is None and (jobs or torch.cuda.is_available()) else "cpu")  # jobs find a card, if not this machine
     out, count = options.out.resolve(), options.lanes or (2 if device == "cpu" else 1)
+    if not jobs and not (out / "units").is_dir():  # else all may be finished, by jobs on other machines
+        _check_card(device)
     with FolderLock(out):
         data = prepare(suite, out, count)
         planned = grid.grid(suite, data, device)
         units = [one.unit for one in planned]
         left = lanes.estimate(units, out, count)
-        if left and options.slurm is not None:
+        if left and jobs:
             from nnssl_ext.cli.slurm import submit_chains
 
-            return submit_chains(lanes.missing(units, out), out, options.slurm, device, _words(options))
+            words = [*_words(options), *([] if options.device else ["-device", device])]  # here the default may be another one
+            return submit_chains(lanes.missing(units, out), out, options.slurm, device, words)
+        if left:
+            _check_card(device)
         print(f"{suite.name}: {len(units)} units; " + (f"to do: {left}" if left else "all of them are finished"), flush=True)
         failed = lanes.finish_all(units, out, count, say=lambda text: print(text, flush=True))
         results = write_results(planned, suite, out, shlex.join(["nnssl_benchmark", *_words(options)]))
@@ -93,6 +97,13 @@ def _main(options: argparse.Namespace) -> int:
     for text in failed:
         print(f"error: {text}", file=sys.stderr)
     return SOME_FAILED if failed or wrong else 0
+
+
+def _check_card(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
 
 
 def _check(lines: list[str], may_differ: bool) -> bool:

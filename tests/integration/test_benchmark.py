@@ -96,7 +96,7 @@ def test_datasets_of_the_user_are_fine_tuned_by_nnunets_own_commands(tmp_path, m
     write_dataset_902(tmp_path / "nnUNet_raw", 3, 1, size=32, spacing=6.0)
     out = tmp_path / "out"
     command = ["802", "902", "-b", "primus", "-o", "epochs=1", "iterations=2", "batch_size=2", "workers=0", "-seeds", "1", "-n", "2", "-mode", "full"]
-    command += ["-schedule", "short", "-device", "cpu", "-lanes", "1", "-out", str(out)]
+    command += ["-schedule", "short", "-device", "cpu", "-lanes", "2", "-out", str(out)]
     assert main(command) == 0, capsys.readouterr()
     results = read_json(out / "results.json")
     assert results["suite"]["schedule"] == "short" and results["suite"]["quick"] is None
