@@ -18,7 +18,7 @@ from nnssl_ext.core.files import read_json, sha256_file, sha256_json, write_json
 from nnssl_ext.core.paths import PREPROCESSED, RAW, dataset_name, preprocessed_folder, root
 from nnssl_ext.core.plan import Plan
 from nnssl_ext.finetuning.commands import FOLDERS, Machine, hand_off, run
-from nnssl_ext.finetuning.export import TRAINER_FOLDER
+from nnssl_ext.finetuning.export import with_our_trainers
 from nnssl_ext.finetuning.plans import PlanOptions, default_configuration, labelled_cases
 from nnssl_ext.finetuning.pretrained import Pretrained
 from nnssl_ext.planners.fingerprint import extract_fingerprint
@@ -72,12 +72,13 @@ class Data:
 
 
 @contextmanager
-def folders(values: dict[str, str], **more: str) -> Iterator[None]:
-    """nnssl's and nnU-Net's environment variables, with one process for everything."""
-    one_process = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "nnUNet_extTrainer": str(TRAINER_FOLDER)}
+def folders(values: dict[str, str], alone: bool = True, **more: str) -> Iterator[None]:
+    """nnssl's and nnU-Net's environment variables; `alone`: with one process for everything, and nothing compiled."""
+    one_process = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"} if alone else {}
     for value in values.values():
         Path(value).mkdir(parents=True, exist_ok=True)
-    with patch.dict(os.environ, values | one_process | more):
+    trainers = {"nnUNet_extTrainer": with_our_trainers(os.environ.get("nnUNet_extTrainer"))}
+    with patch.dict(os.environ, values | one_process | trainers | more):
         yield
 
 

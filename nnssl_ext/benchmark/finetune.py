@@ -20,7 +20,7 @@ from nnssl_ext.evaluation.segmentation_metrics import METRICS, evaluate
 from nnssl_ext.finetuning.commands import FOLDERS, Machine, finetune, hand_off
 from nnssl_ext.finetuning.plans import PlanOptions, default_configuration, write_plans
 from nnssl_ext.finetuning.pretrained import Pretrained
-from nnssl_ext.finetuning.trainers import DEFAULT_TRAINERS
+from nnssl_ext.finetuning.trainers import trainer_name
 
 FOLD = "all"  # nothing is chosen by validation, and every labelled case can be trained on
 TOLERANCE = 2.0  # of the NSD, mm
@@ -33,14 +33,15 @@ def finetuned(settings: dict[str, Any], folder: Path, given: Path | None) -> dic
 
     Args:
         settings: "dataset", "mode", "labels", "seed", "scratch" (take only the network of the checkpoint), "quick" (a `Quick`, or None for nnU-Net's
-            own commands) and "device".
+            own commands, with "trainer", and "variables" of the environment that it reads) and "device".
         folder: of the unit.
         given: folder with the checkpoint.
     """
     assert given is not None
     data, dataset, how = Data.beside(folder), settings["dataset"], settings["quick"]
-    variables = {} if how is None else quick.short(how["epochs"], how["iterations"])
-    with quick.workplace(data.record["folders"], dataset, folder, **variables):
+    variables = settings["variables"] if how is None else quick.short(how["epochs"], how["iterations"])
+    alone = how is not None or settings["device"] == "cpu"  # a card would wait for one process
+    with quick.workplace(data.record["folders"], dataset, folder, alone, **variables):
         pretrained = Pretrained.load(given / CHECKPOINT)
         options = PlanOptions(default_configuration(pretrained), mode=settings["mode"], cases=settings["labels"], batch_size=how and how["batch"])
         curves = {}
@@ -58,8 +59,8 @@ def finetuned(settings: dict[str, Any], folder: Path, given: Path | None) -> dic
 
 def _in_process(pretrained: Pretrained, settings: dict[str, Any], options: PlanOptions, folder: Path) -> list[list[float]]:
     """Write the predictions; the mean loss of each epoch, with its last step."""
-    plans, trainer_name, seed = write_plans(pretrained, settings["dataset"], options), f"{DEFAULT_TRAINERS[pretrained.family]}_short", settings["seed"]
-    trainer = quick.make_trainer(plans, settings["dataset"], options.configuration, trainer_name, FOLD, seed, settings["device"])
+    plans, name, seed = write_plans(pretrained, settings["dataset"], options), trainer_name(pretrained.family, "short"), settings["seed"]
+    trainer = quick.make_trainer(plans, settings["dataset"], options.configuration, name, FOLD, seed, settings["device"])
     if not settings["scratch"]:
         weights = folder / "weights.pth"
         quick.load_pretrained(trainer, pretrained, plans, options.configuration, seed, weights)
@@ -71,7 +72,7 @@ def _in_process(pretrained: Pretrained, settings: dict[str, Any], options: PlanO
 
 def _with_commands(pretrained: Pretrained, settings: dict[str, Any], options: PlanOptions, out: Path) -> None:
     """The same by nnU-Net's own programs, whose random numbers nobody can seed: the seed only counts the repetitions."""
-    handoff = hand_off(pretrained, settings["dataset"], options, DEFAULT_TRAINERS[pretrained.family], fold=FOLD)
+    handoff = hand_off(pretrained, settings["dataset"], options, settings["trainer"], fold=FOLD)
     if settings["scratch"]:
         handoff = replace(handoff, weights=None)
     finetune(handoff, Machine(settings["device"]), FOLD)

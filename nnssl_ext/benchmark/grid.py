@@ -16,8 +16,11 @@ from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import sha256_file
 from nnssl_ext.core.plan import ConfigPlan
-from nnssl_ext.finetuning.plans import FREEZING, FULL, MODES
+from nnssl_ext.finetuning.export import find_trainer
+from nnssl_ext.finetuning.plans import ENCODER, FREEZING, FULL, MODES, has_mode
+from nnssl_ext.finetuning.trainers import Short, trainer_name
 from nnssl_ext.nn.backbones.base import backbone_class, check_support
+from nnssl_ext.planners.planner import Planner
 
 METHOD, BASELINE, CONTROL, UPPER_BOUND = "method", "baseline", "negative control", "upper bound"
 SCRATCH, RANDOM = "scratch", "random weights"
@@ -47,13 +50,35 @@ def with_families(suite: Suite) -> Suite:
 
 
 def check(suite: Suite, where: object) -> None:
-    """Raise a `UserError` where trainers, hyper-parameters or modes don't exist: before anything is computed."""
+    """Raise a `UserError` where trainers, hyper-parameters or modes don't exist, or no backbone family has a mode: before anything is computed."""
     for method in suite.all_methods:
         trainer_class(method.trainer)
         config_of(method, 0)
     for cells in suite.finetuning:
         if cells.mode not in MODES:
             raise UserError(f"there is no mode '{cells.mode}'", where, did_you_mean(cells.mode, MODES))
+    suite = with_families(suite)
+    _check_schedule(suite, where)
+    families = dict.fromkeys(method.family for method in suite.methods)
+    made = [Planner.families[family]((1.0,) * 3, (64,) * 3, "nano", 1e3, 2) for family in families if family in Planner.families]
+    networks = [network.class_name for network in made if network is not None]
+    offered = [mode for mode in MODES if len(networks) < len(families) or any(has_mode(network, mode) for network in networks)]
+    for cells in suite.finetuning:
+        if cells.mode not in offered:
+            raise UserError(f"there is no mode {cells.mode} for {' and '.join(families)}", where, f"choose among {', '.join(offered)}")
+
+
+def _check_schedule(suite: Suite, where: object) -> None:
+    """Raise a `UserError` where the schedule isn't one of every backbone family's trainers."""
+    if suite.schedule and suite.quick is not None:
+        raise UserError("quick fine-tuning has a schedule of its own", where, "leave out one of quick and schedule")
+    for family in dict.fromkeys(method.family for method in suite.all_methods if suite.schedule):
+        name = trainer_name(family, suite.schedule)
+        try:
+            find_trainer(name)
+        except UserError:
+            fix = "take 150ep, or put a folder with a trainer of this name into $nnUNet_extTrainer"
+            raise UserError(f"there is no trainer '{name}' for the schedule '{suite.schedule}'", where, fix) from None
 
 
 def check_families(suite: Suite, config: ConfigPlan) -> None:
@@ -73,6 +98,7 @@ class _Grid:
         self.plan = data.plan
         self.config = self.plan.configuration(suite.configuration)
         self.datasets: dict[str, dict[str, Any]] = record["datasets"]
+        self.commands: dict[str, dict[str, Any]] = {}
         self.digests: dict[str, str] = record["digests"]
         self.common = {"data": self.digests[record["unlabelled"]], "configuration": suite.configuration, "network": suite.network and asdict(suite.network)}
         check_families(suite, self.config)
@@ -85,14 +111,14 @@ class _Grid:
             for seed, unit in enumerate(begins):
                 named = {"method": RANDOM, "family": family, "role": BASELINE, "pretrain_seed": None, "seed": seed}
                 yield from self._features(unit, named)
-                yield from self._finetunings(unit, named, self._cells(False))
+                yield from self._finetunings(unit, named, self._cells(family, False))
             yield from self._upper_bound(begins, family)
         for method in self.suite.all_methods:
             yield from self._method(method)
 
     def _method(self, method: Method) -> Iterator[Planned]:
         code = sha256_file(str(getsourcefile(trainer_class(method.trainer))))
-        cells = self._cells(True, handed_over=self._hands_over_decoder(method))
+        cells = self._cells(method.family, True, handed_over=self._hands_over_decoder(method))
         role = CONTROL if method.noise else METHOD
         if method.noise:  # what it is for: the gain of full fine-tuning with the fewest labels
             fewest = min((count for one in cells if one.mode == FULL for count in one.labels), default=None)
@@ -114,9 +140,11 @@ class _Grid:
         cls, backbone = trainer_class(method.trainer), backbone_class(self.config, method.family)
         return cls.trains_decoder and cls.transfers_decoder and "decoder" in backbone.supports
 
-    def _cells(self, pretrained: bool, handed_over: bool = False) -> list[Cells]:
-        """Fine-tunings of a method, or of its baselines; of an encoder alone only where a decoder could be handed over with it."""
-        return [cells for cells in self.suite.finetuning if cells.mode != "encoder" or (pretrained and handed_over)]
+    def _cells(self, family: str, pretrained: bool, handed_over: bool = False) -> list[Cells]:
+        """Fine-tunings of a method, or of its baselines: in modes that its network has, of an encoder alone only where a decoder could be handed over, too."""
+        network = self.config.network(family).class_name
+        found = [cells for cells in self.suite.finetuning if has_mode(network, cells.mode)]
+        return [cells for cells in found if cells.mode != ENCODER or (pretrained and handed_over)]
 
     def _finetunings(self, unit: Unit, named: dict[str, Any], cells: Sequence[Cells]) -> Iterator[Planned]:
         for dataset in self._able(SEGMENTATION):
@@ -131,10 +159,19 @@ class _Grid:
         settings = {"data": self.digests[dataset], "dataset": dataset, "mode": mode, "labels": labels, "seed": named["seed"], "scratch": scratch, "quick": how}
         title = f"{SCRATCH if scratch else named['method']}_{family}{'_noise' * (named['role'] == CONTROL)}".replace(" ", "_")
         name = f"finetune_{title}_{dataset.partition('_')[0]}_{mode}_{labels or 'all'}_{named['seed']}"
+        settings |= self._commands(family) if how is None else {}
         cost = LONG if how is None else FINETUNE_COSTS.get(family, 60.0)
         run = {"kind": SEGMENTATION, **named, "method": SCRATCH if scratch else named["method"], "role": role or named["role"]}
         run |= {"dataset": dataset, "mode": mode, "labels": labels or self.datasets[dataset]["cases"]}
         return Planned(Unit(name, finetuned, {**settings, "device": self.device}, unit, cost), run)
+
+    def _commands(self, family: str) -> dict[str, Any]:
+        """What nnU-Net's own commands train with."""
+        if family not in self.commands:
+            name = trainer_name(family, self.suite.schedule)
+            trainer = find_trainer(name)
+            self.commands[family] = {"trainer": name, "variables": trainer.lengths() if issubclass(trainer, Short) else {}}
+        return self.commands[family]
 
     def _upper_bound(self, begins: Sequence[Unit], family: str) -> Iterator[Planned]:
         for seed, unit in enumerate(begins[: self.suite.upper_bound]):

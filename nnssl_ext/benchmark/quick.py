@@ -26,13 +26,14 @@ from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 
 
 @contextmanager
-def workplace(shared: dict[str, str], dataset: str, folder: Path, **more: str) -> Iterator[None]:
+def workplace(shared: dict[str, str], dataset: str, folder: Path, alone: bool = True, **more: str) -> Iterator[None]:
     """nnU-Net's folders for one run alone: runs side by side write their plans into folders of their own, and share the preprocessed cases.
 
     Args:
         shared: folders by their environment variables.
         dataset: `DatasetXXX_NAME`.
         folder: of the run.
+        alone: one process for everything.
         more: further environment variables.
     """
     cases, own = Path(shared[FOLDERS[1]]) / dataset, folder / FOLDERS[1] / dataset
@@ -40,7 +41,7 @@ def workplace(shared: dict[str, str], dataset: str, folder: Path, **more: str) -
     for path in cases.iterdir():
         if path.is_dir() or path.name == "dataset_fingerprint.json":
             (own / path.name).symlink_to(path.resolve(), path.is_dir())
-    with folders({**shared, **{name: str(folder / name) for name in FOLDERS[1:]}}, **more):
+    with folders({**shared, **{name: str(folder / name) for name in FOLDERS[1:]}}, alone, **more):
         yield
 
 

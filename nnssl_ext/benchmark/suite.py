@@ -84,7 +84,7 @@ class Cells:
     """Fine-tunings of every method.
 
     Args:
-        mode: "full", "encoder", "frozen" or "linear".
+        mode: one of `nnssl_finetune`: "full", "encoder", "frozen", "adapter", "mlp" or "linear"; left out for families that don't have it.
         labels: how many labelled cases; smaller subsets lie within larger ones.
         seeds: how many; None: all of the suite.
     """
@@ -137,6 +137,7 @@ class Suite:
         seeds: of pretraining; each is fine-tuned with the seed of its own number, beside training from scratch with it.
         finetuning: modes and numbers of labels.
         quick: by backbone family; a family that is not named has `Quick()`. None: nnU-Net's own commands.
+        schedule: of nnU-Net's own commands, as our trainers' names go on, such as "150ep"; "": 1000 epochs.
         probe: labelled volumes that the probe of frozen features learns from; none: no probe.
         classification: whether classes of volumes are told apart, where a dataset has classification.csv.
         registration: of pairs, where a dataset has pairs.json; None: none.
@@ -155,6 +156,7 @@ class Suite:
     seeds: int = 3
     finetuning: tuple[Cells, ...] = ()
     quick: dict[str, Quick] | None = None
+    schedule: str = ""
     probe: tuple[int, ...] = ()
     classification: bool = True
     registration: Registration | None = Registration()

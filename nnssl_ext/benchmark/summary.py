@@ -12,7 +12,14 @@ from nnssl_ext.evaluation.results import markdown
 from nnssl_ext.evaluation.statistics import FEWEST_SEEDS
 
 FEW_CASES = 10
-NAMES = {"full": "full fine-tuning", "encoder": "encoder only", "frozen": "frozen encoder", "linear": "linear adapter"}  # modes
+NAMES = {  # of modes
+    "full": "full fine-tuning",
+    "encoder": "encoder only",
+    "frozen": "frozen encoder",
+    "adapter": "upsampling adapter",
+    "mlp": "all-MLP decoder",
+    "linear": "linear adapter",
+}
 METRICS = {  # figure: name in tables, decimals; the arrow points to better values
     "dice": ("Dice ↑", 3),
     "nsd": ("NSD ↑", 3),

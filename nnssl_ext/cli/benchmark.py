@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import SOME_FAILED, at_least_one, parser, run
+from nnssl_ext.cli.export import MODES
 from nnssl_ext.core.errors import UserError
 
 if TYPE_CHECKING:
     from nnssl_ext.benchmark.suite import Suite
 
-MODES = ("full", "encoder", "frozen", "linear")
 LABELS = (2, 4, 8)
 
 
@@ -35,11 +36,13 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("-seeds", metavar="N", type=at_least_one, default=3, help="of pretraining and fine-tuning (default: %(default)s)")
     help_labels = "numbers of labelled cases (default: those of 2, 4 and 8 that there are); smaller subsets lie within larger ones"
     result.add_argument("-n", metavar="N", nargs="+", type=at_least_one, help=help_labels)
-    result.add_argument("-mode", nargs="+", choices=MODES, default=["full"], help="of fine-tuning (default: full)")
-    help_quick = "fine-tune for a few hundred iterations in this process, for trials; default: nnU-Net's own commands, 1000 epochs"
+    result.add_argument("-mode", nargs="+", choices=MODES, default=["full"], help="of fine-tuning, as of nnssl_finetune (default: full)")
+    help_schedule = "of fine-tuning, as our nnU-Net trainers' names go on: 150ep for 150 epochs, short for a trial (default: 1000 epochs)"
+    result.add_argument("-schedule", metavar="NAME", default="", help=help_schedule)
+    help_quick = "fine-tune for a few hundred iterations in this process, for trials (default: by nnU-Net's own commands)"
     result.add_argument("--quick", action="store_true", help=help_quick)
     result.add_argument("-lanes", metavar="N", type=at_least_one, help="units at a time, of one thread each (default: 2 on the CPU, 1 with a card)")
-    result.add_argument("-device", choices=("cpu", "cuda"), help="default: the CPU for a suite with quick fine-tuning, else cuda where there is a card")
+    result.add_argument("-device", choices=("cpu", "cuda"), help="default: the CPU with quick fine-tuning, else cuda for jobs and where there is a card")
     help_slurm = "as jobs of a SLURM cluster, one for each pretraining and what follows it; settings of sbatch; the same command without it writes the report"
     result.add_argument("--slurm", metavar="KEY=VALUE", nargs="*", help=help_slurm)
     result.add_argument("--write-expected", metavar="FILE", type=Path, help="keep the numbers of this run, for --check")
@@ -66,19 +69,23 @@ def _main(options: argparse.Namespace) -> int:
     suite = _suite(options)
     grid.check(suite, options.suite or "command line")
     suite = grid.with_families(suite)
-    device = options.device or ("cuda" if suite.quick is None and torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
+    jobs = options.slurm is not None
+    device = options.device or ("cuda" if suite.quick is None and (jobs or torch.cuda.is_available()) else "cpu")  # jobs find a card, if not this machine
     out, count = options.out.resolve(), options.lanes or (2 if device == "cpu" else 1)
+    if not jobs and not (out / "units").is_dir():  # else all may be finished, by jobs on other machines
+        _check_card(device)
     with FolderLock(out):
         data = prepare(suite, out, count)
         planned = grid.grid(suite, data, device)
         units = [one.unit for one in planned]
         left = lanes.estimate(units, out, count)
-        if left and options.slurm is not None:
+        if left and jobs:
             from nnssl_ext.cli.slurm import submit_chains
 
-            return submit_chains(lanes.missing(units, out), out, options.slurm, device, _words(options))
+            words = [*_words(options), *([] if options.device else ["-device", device])]  # here the default may be another one
+            return submit_chains(lanes.missing(units, out), out, options.slurm, device, words)
+        if left:
+            _check_card(device)
         print(f"{suite.name}: {len(units)} units; " + (f"to do: {left}" if left else "all of them are finished"), flush=True)
         failed = lanes.finish_all(units, out, count, say=lambda text: print(text, flush=True))
         results = write_results(planned, suite, out, shlex.join(["nnssl_benchmark", *_words(options)]))
@@ -90,6 +97,13 @@ def _main(options: argparse.Namespace) -> int:
     for text in failed:
         print(f"error: {text}", file=sys.stderr)
     return SOME_FAILED if failed or wrong else 0
+
+
+def _check_card(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA card is available", "option -device", "use -device cpu, or check the driver with nvidia-smi")
 
 
 def _check(lines: list[str], may_differ: bool) -> bool:
@@ -131,15 +145,9 @@ def _suite(options: argparse.Namespace) -> Suite:
     methods = tuple(Method(trainer, family, options=values) for trainer in dict.fromkeys(options.tr) for family in _families(trainer, options.b))
     cells = tuple(Cells(mode, labels) for mode in dict.fromkeys(options.mode))
     made = Suite("command line", methods, options.datasets[0], tuple(options.datasets[1:]), seeds=options.seeds, finetuning=cells, probe=labels)
-    made = made if not options.quick else _quick(made)
+    made = replace(made, quick={} if options.quick else None, schedule=options.schedule)
     check_numbers(made, "command line")
     return made
-
-
-def _quick(suite: Suite) -> Suite:
-    from dataclasses import replace
-
-    return replace(suite, quick={})
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -132,9 +132,15 @@ class ChainJob:
     units: tuple[Unit, ...]
     out: Path
 
-    def __call__(self) -> list[str]:
-        """Finish them in a process of one thread; what went wrong."""
-        return finish_all(self.units, self.out, 1)
+    def __call__(self) -> None:
+        """Finish them in a process of one thread; the job fails where one of them does. Waits after SIGTERM to be ended, as `Job` does."""
+        ended: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+        errors = finish_all(self.units, self.out, 1)
+        while ended:
+            signal.pause()
+        if errors:
+            sys.exit(1)
 
     def checkpoint(self) -> Any:
         """What the job does when it starts again; called by submitit."""

@@ -59,6 +59,11 @@ def plans_name(pretrained: Pretrained, options: PlanOptions) -> str:
     return "_".join(["nnssl", pretrained.method, *told, sha256_json([pretrained.identity, chosen])[:8]])
 
 
+def has_mode(network: str, mode: str) -> bool:
+    """Whether a network of the library, by the dotted name of its class, can be fine-tuned in this mode: its freezing needs a class of ours."""
+    return mode not in FREEZING or network.rpartition(".")[2] in MODES[mode]
+
+
 def finetuning_options(plans: Mapping[str, Any]) -> tuple[str, int | float | None]:
     """Mode and labelled cases of the content of a plans file; those of a plan that is not ours are the defaults."""
     written = plans.get(_KEY, {})
@@ -238,12 +243,12 @@ def _ct_statistics(pretrained: Pretrained, channel: str) -> dict[str, float]:
 
 def _architecture(pretrained: Pretrained, patch_size: Sequence[int], mode: str) -> dict[str, Any]:
     name, kwargs = pretrained.network.class_name, dict(pretrained.network.kwargs)
-    planned = MODES[mode].get(name.rsplit(".", 1)[-1])
+    short = name.rpartition(".")[2]
+    if not has_mode(name, mode):
+        others = [other for other in MODES if has_mode(name, other)]
+        raise UserError(f"{short} has no -mode {mode}", "option -mode", f"use -mode {', '.join(others[:-1])} or {others[-1]}")
+    planned = MODES[mode].get(short)
     if mode in FREEZING:
-        if planned is None:
-            short = name.rsplit(".", 1)[-1]
-            others = [other for other, networks in MODES.items() if other not in FREEZING or short in networks]
-            raise UserError(f"{short} has no -mode {mode}", "option -mode", f"use -mode {', '.join(others[:-1])} or {others[-1]}")
         kwargs["frozen"] = list(pretrained.encoder().modules)
     if planned is not None:
         name = f"{planned.__module__}.{planned.__name__}"

@@ -130,14 +130,19 @@ class nnsslSegFormerTrainer_lld_150ep(nnsslSegFormerTrainer_lld):
     epochs, warm_up = 150, 15
 
 
-class _Short(_Schedule):
+class Short(_Schedule):
     """`$nnssl_finetune_epochs` (2) of `$nnssl_finetune_iterations` (5) each, warm-up a tenth, no mirroring: for trials on the CPU."""
 
     def __init__(self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any], device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch = _positive(EPOCHS_VARIABLE, 2), _positive(ITERATIONS_VARIABLE, 5)
+        self.num_epochs, self.num_iterations_per_epoch = (int(value) for value in self.lengths().values())
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
         self.warmup_duration_whole_net = max(1, self.num_epochs // 10)
+
+    @staticmethod
+    def lengths() -> dict[str, str]:
+        """The environment variables for epochs and iterations, with what they stand for now."""
+        return {EPOCHS_VARIABLE: str(_positive(EPOCHS_VARIABLE, 2)), ITERATIONS_VARIABLE: str(_positive(ITERATIONS_VARIABLE, 5))}
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # the name is nnU-Net's
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -145,20 +150,20 @@ class _Short(_Schedule):
         return rotation, dummy_2d, initial_patch_size, None
 
 
-class nnsslResEncTrainer_short(_Short, nnsslResEncTrainer):
+class nnsslResEncTrainer_short(Short, nnsslResEncTrainer):
     """Residual encoders in a few hundred steps: AdamW at 2e-2, since SGD with momentum 0.99 has hardly begun by then."""
 
     learning_rate = 2e-2
     configure_optimizers = AbstractPrimus.configure_optimizers
 
 
-class nnsslPrimusTrainer_short(_Short, nnsslPrimusTrainer):
+class nnsslPrimusTrainer_short(Short, nnsslPrimusTrainer):
     """The smallest transformers in a few hundred steps: 3e-3, since at 1e-4 they have hardly begun by then."""
 
     learning_rate = 3e-3
 
 
-class nnsslSegFormerTrainer_short(_Short, nnsslSegFormerTrainer):
+class nnsslSegFormerTrainer_short(Short, nnsslSegFormerTrainer):
     """The smallest ones in a few hundred steps: as Primus."""
 
     learning_rate = nnsslPrimusTrainer_short.learning_rate
@@ -178,6 +183,11 @@ DEFAULT_TRAINERS = {
     "primus_v2": nnsslPrimusTrainer.__name__,
     "segformer3d": nnsslSegFormerTrainer.__name__,
 }
+
+
+def trainer_name(family: str, schedule: str = "") -> str:
+    """Our trainer for a backbone family; `schedule` is how its name goes on: "150ep" for nnsslPrimusTrainer_150ep."""
+    return "_".join([DEFAULT_TRAINERS[family], *filter(None, [schedule])])
 
 
 def unwrapped(network: Any) -> Any:

@@ -13,6 +13,8 @@ from nnssl_ext.benchmark import lanes
 from nnssl_ext.benchmark.units import RECORD
 from nnssl_ext.cli.benchmark import main
 from nnssl_ext.core.files import read_json
+from nnssl_ext.evaluation.demo_data import write_dataset_802, write_dataset_902
+from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 
 MAE = {"trainer": "MAETrainer", "family": "primus", "steps": 2, "batch": 2}
 SUITE = {
@@ -83,6 +85,34 @@ def test_a_suite_goes_from_nothing_to_results_and_a_second_run_computes_nothing(
     monkeypatch.undo()
 
 
+@pytest.mark.slow
+@pytest.mark.nnunet
+def test_datasets_of_the_user_are_fine_tuned_by_nnunets_own_commands(tmp_path, monkeypatch, capsys):
+    for name in ("nnssl_raw", "nnssl_preprocessed", "nnUNet_raw"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name, value in {EPOCHS_VARIABLE: "1", ITERATIONS_VARIABLE: "2", "PYTHONPATH": os.getcwd()}.items():
+        monkeypatch.setenv(name, value)
+    write_dataset_802(tmp_path / "nnssl_raw", 4, size=32, spacing=6.0, modalities=("CT",))
+    write_dataset_902(tmp_path / "nnUNet_raw", 3, 1, size=32, spacing=6.0)
+    out = tmp_path / "out"
+    command = ["802", "902", "-b", "primus", "-o", "epochs=1", "iterations=2", "batch_size=2", "workers=0", "-seeds", "1", "-n", "2", "-mode", "full"]
+    command += ["-schedule", "short", "-device", "cpu", "-lanes", "2", "-out", str(out)]
+    assert main(command) == 0, capsys.readouterr()
+    results = read_json(out / "results.json")
+    assert results["suite"]["schedule"] == "short" and results["suite"]["quick"] is None
+    segmented = {(run["method"], run["role"], run["labels"]): run for run in results["runs"] if run["kind"] == "segmentation"}
+    assert segmented.keys() == {("MAETrainer", "method", 2), ("scratch", "baseline", 2), ("scratch", "upper bound", 3)}
+    for run in segmented.values():
+        assert set(run["cases"]) == {"phantom_test_0000"} and all((out / picture).is_file() for picture in run["pictures"].values())
+    for unit in (out / "units").glob("finetune_*"):
+        if unit.is_dir():
+            settings, said = read_json(unit / RECORD)["identity"]["settings"], unit.with_suffix(".txt").read_text()
+            assert settings["trainer"] == "nnsslPrimusTrainer_short" and settings["variables"] == {EPOCHS_VARIABLE: "1", ITERATIONS_VARIABLE: "2"}
+            assert ("-pretrained_weights" in (unit / "log.txt").read_text() + said) == unit.name.startswith("finetune_MAETrainer")
+            assert f"labelled cases for training: {settings['labels'] or 3} of 3" in (unit / "log.txt").read_text() + said
+    assert (out / "report.html").is_file() and main(command) == 0 and "all of them are finished" in capsys.readouterr().out
+
+
 BASED = (("MAETrainer", "method"), ("random weights", "baseline"), ("raw intensities", "baseline"))
 
 
@@ -99,6 +129,9 @@ def test_what_can_be_told_at_once_is_an_error_of_the_user(tmp_path, no_page, mon
         "DINOv2Trainer can use none of resenc": ["802", "902", "-n", "2", "-tr", "DINOv2Trainer", "-b", "resenc"],
         "is not of the form key=value": ["802", "902", "-n", "2", "-o", "lr"],
         "unknown dataset ID 902": ["802", "902"],
+        "there is no trainer 'nnsslResEncTrainer_15ep' for the schedule '15ep'": ["802", "902", "-n", "2", "-schedule", "15ep"],
+        "quick fine-tuning has a schedule of its own": ["802", "902", "-n", "2", "-schedule", "150ep", "--quick"],
+        "there is no mode adapter for resenc": ["802", "902", "-n", "2", "-mode", "adapter"],
     }
     for message, words in wrong.items():
         assert main([*words, *out]) == 2

@@ -7,10 +7,13 @@ import pytest
 
 from nnssl_ext.benchmark import grid as grid_module
 from nnssl_ext.benchmark.data import Data, smaller
+from nnssl_ext.benchmark.finetune import finetuned
 from nnssl_ext.benchmark.grid import grid, with_families
 from nnssl_ext.benchmark.suite import Cells, Method, Network, Quick, Suite
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.core.files import write_json
+from nnssl_ext.finetuning.plans import MODES
+from nnssl_ext.finetuning.trainers import EPOCHS_VARIABLE, ITERATIONS_VARIABLE
 from tests.make_data import make_plan, tiny_plan
 
 SET, TASKS = "Dataset902_Organs", "Dataset904_Tasks"
@@ -54,6 +57,17 @@ def test_every_cell_of_the_grid_has_its_units(tmp_path):
     assert len({one.unit.digest for one in planned}) == len(planned) == len({one.unit.name for one in planned})
 
 
+def test_a_mode_is_left_out_for_the_families_that_do_not_have_it(tmp_path):
+    planned = grid(dataclasses.replace(SUITE, finetuning=tuple(Cells(mode, (2,), 1) for mode in MODES)), data(tmp_path), "cpu")
+    found = {
+        (run["family"], run["method"], run["mode"]) for run in (one.run for one in planned) if run and run["role"] in ("method", "baseline") and run["mode"]
+    }
+    for mode in ("frozen", "mlp", "linear", "adapter"):
+        for family, method in (("resenc", "MAETrainer"), ("primus", "DINOv2Trainer")):
+            own = {(family, method, mode), (family, "random weights", mode)}
+            assert own <= found if (family, mode) != ("resenc", "adapter") else not own & found
+
+
 def test_methods_are_fine_tuned_with_the_seed_of_their_pretraining_and_compared_with_scratch_of_the_same_seed(tmp_path):
     planned = [one for one in grid(SUITE, data(tmp_path), "cpu") if one.run and one.run["kind"] == "segmentation"]
     for one in planned:
@@ -84,6 +98,20 @@ def test_a_unit_is_another_one_when_something_changes_that_it_depends_on_and_onl
     monkeypatch.setattr(grid_module, "sha256_file", lambda file: "another method")
     compare("code")
     assert {name for name in changed["code"] if name.startswith("pretrain")} == {"pretrain_MAETrainer", "pretrain_DINOv2Trainer"}
+
+
+def test_the_schedule_is_one_of_nnunets_commands_alone(tmp_path, monkeypatch):
+    def settings(quick, schedule=""):
+        planned = grid(dataclasses.replace(SUITE, quick=quick, schedule=schedule), data(tmp_path), "cpu")
+        return {one.unit.name: one.unit.settings for one in planned if one.unit.work is finetuned}
+
+    name, control = "finetune_MAETrainer_resenc_Dataset902_full_2_0", "finetune_DINOv2Trainer_primus_noise_Dataset902_full_2_1"
+    assert {"trainer", "variables"}.isdisjoint(settings({})[name])  # quick fine-tuning is known by its own numbers
+    own, short = settings(None), settings(None, "150ep")
+    assert (own[name]["trainer"], own[name]["variables"]) == ("nnsslResEncTrainer", {})
+    assert short[name]["trainer"] == "nnsslResEncTrainer_150ep" and short[control]["trainer"] == "nnsslPrimusTrainer_150ep"
+    monkeypatch.setenv(EPOCHS_VARIABLE, "7")
+    assert settings(None, "short")[name]["variables"] == {EPOCHS_VARIABLE: "7", ITERATIONS_VARIABLE: "5"}
 
 
 def test_a_method_that_cannot_use_a_family_is_told(tmp_path):

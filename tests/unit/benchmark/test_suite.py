@@ -8,11 +8,13 @@ import yaml
 from nnssl_ext.benchmark.grid import check, with_families
 from nnssl_ext.benchmark.pretrain import config_of, trainer_class
 from nnssl_ext.benchmark.suite import Cells, Generator, Method, Quick, Suite, check_numbers, read_suite
+from nnssl_ext.cli.benchmark import arguments
 from nnssl_ext.core.errors import UserError
 from nnssl_ext.finetuning.plans import MODES
 from nnssl_ext.nn.backbones.base import check_support, families
 
 EMBEDDED = Path(__file__).parents[3] / "benchmarks" / "learning" / "suite.yaml"
+MAE = Method("MAETrainer")
 SMALL = {"name": "small", "methods": [{"trainer": "MAETrainer", "steps": 5}], "finetuning": [{"mode": "full", "labels": [2]}]}
 
 
@@ -97,6 +99,20 @@ def test_unknown_trainers_options_and_modes_are_told_before_anything_is_computed
             check(Suite("x", (method,)), "here")
     with pytest.raises(UserError, match="no mode 'ful'"):
         check(Suite("x", (Method("MAETrainer"),), finetuning=(Cells("ful", (2,)),)), "here")
+
+
+def test_a_mode_that_no_family_has_is_told_with_those_that_they_have():
+    alone, both = (MAE,), (MAE, Method("MAETrainer", "primus"))
+    check(Suite("x", both, finetuning=(Cells("adapter", (2,)),)), "here")
+    for methods in (alone, (*alone, Method("PatchClusterTrainer", "resenc"))):
+        with pytest.raises(UserError, match="no mode adapter for resenc") as caught:
+            check(Suite("x", methods, finetuning=(Cells("full", (2,)), Cells("adapter", (2,)))), "here")
+        assert caught.value.fix == "choose among full, encoder, frozen, mlp, linear"
+
+
+def test_the_command_line_offers_every_mode():
+    (choices,) = (action.choices for action in arguments()._actions if action.dest == "mode")
+    assert tuple(choices) == tuple(MODES)
 
 
 def test_steps_are_divided_into_windows_and_options_have_the_types_of_the_config():
