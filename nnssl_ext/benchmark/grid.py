@@ -25,8 +25,8 @@ from nnssl_ext.planners.planner import Planner
 METHOD, BASELINE, CONTROL, UPPER_BOUND = "method", "baseline", "negative control", "upper bound"
 SCRATCH, RANDOM = "scratch", "random weights"
 # Seconds on one core of a probe, a classification, a registration, a quick fine-tuning: to begin with the longest, and to guess.
-COSTS = {"probe": 20.0, CLASSIFICATION: 20.0, REGISTRATION: 20.0}
-FINETUNE_COSTS = {"resenc": 90.0, "primus": 75.0}
+COSTS = {"probe": 25.0, CLASSIFICATION: 60.0, REGISTRATION: 25.0}
+FINETUNE_COSTS = {"resenc": 110.0, "primus": 75.0}
 LONG = 36_000.0  # with a method's own epochs, or nnU-Net's
 
 
