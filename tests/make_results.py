@@ -108,7 +108,7 @@ def _segmentation(method: str, family: str, mode: str, count: int, seed: int, qu
 def _probe(method: str, family: str, seed: int, count: int, hardness: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     quality = 0.3 + 0.03 * count + 3 * GAINS.get(method, 0.0) + (0.05 if method == "random weights" else 0.0)
     cases = {
-        f"case_{number:03d}": {"knn_dice": quality + hard + float(rng.normal(0, 0.02)), "logistic_dice": quality + 0.04 + hard + float(rng.normal(0, 0.02))}
+        f"case_{number:03d}": {"knn_dice": quality + hard + float(rng.normal(0, 0.02)), "linear_dice": quality + 0.04 + hard + float(rng.normal(0, 0.02))}
         for number, hard in enumerate(hardness)
     }
     return _run("probe", method, family, seed, 8 + rng.random(), labels=count, cases=cases)
@@ -129,7 +129,7 @@ def _registration(method: str, family: str, seed: int, rng: np.random.Generator)
             "dice": value,
             "hd95_mm": 4 + 10 * (1 - value),
             "tre_mm": 6 * (1 - value),
-            "sdlogj": 0.1 + 0.1 * value,
+            "sd_log_j": 0.1 + 0.1 * value,
             "seconds": 3 + rng.random(),
         }
     return _run("registration", method, family, seed, 20 + rng.random(), dataset="Dataset803_PhantomPairs", cases=pairs)

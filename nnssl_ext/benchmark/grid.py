@@ -27,6 +27,7 @@ SCRATCH, RANDOM = "scratch", "random weights"
 # Seconds on one core of a probe, a classification, a registration, a quick fine-tuning: to begin with the longest, and to guess.
 COSTS = {"probe": 25.0, CLASSIFICATION: 60.0, REGISTRATION: 25.0}
 FINETUNE_COSTS = {"resenc": 110.0, "primus": 75.0}
+BOUND_LONGER = 4  # times the epochs of quick fine-tuning, of the upper bound
 LONG = 36_000.0  # with a method's own epochs, or nnU-Net's
 
 
@@ -113,8 +114,10 @@ class _Grid:
                 yield from self._features(unit, named)
                 yield from self._finetunings(unit, named, self._cells(family, False))
             yield from self._upper_bound(begins, family)
-        for method in self.suite.all_methods:
+        for method in self.suite.methods:
             yield from self._method(method)
+        if control := self.suite.negative_control:
+            yield from (replace(one, run={**(one.run or {}), "method": f"{control.trainer} on noise"}) for one in self._method(control))
 
     def _method(self, method: Method) -> Iterator[Planned]:
         code = sha256_file(str(getsourcefile(trainer_class(method.trainer))))
@@ -153,15 +156,17 @@ class _Grid:
                     for labels in one.labels:
                         yield self._finetuning(unit, named, dataset, one.mode, labels)
 
-    def _finetuning(self, unit: Unit, named: dict[str, Any], dataset: str, mode: str, labels: int | None, role: str | None = None) -> Planned:
+    def _finetuning(self, unit: Unit, named: dict[str, Any], dataset: str, mode: str, labels: int | None, longer: int = 1) -> Planned:
         scratch = named["method"] == RANDOM and mode not in FREEZING
         family, how = named["family"], None if self.suite.quick is None else asdict(self.suite.quick.get(named["family"], Quick()))
+        if how is not None:
+            how["epochs"] *= longer
         settings = {"data": self.digests[dataset], "dataset": dataset, "mode": mode, "labels": labels, "seed": named["seed"], "scratch": scratch, "quick": how}
         title = f"{SCRATCH if scratch else named['method']}_{family}{'_noise' * (named['role'] == CONTROL)}".replace(" ", "_")
         name = f"finetune_{title}_{dataset.partition('_')[0]}_{mode}_{labels or 'all'}_{named['seed']}"
         settings |= self._commands(family) if how is None else {}
-        cost = LONG if how is None else FINETUNE_COSTS.get(family, 60.0)
-        run = {"kind": SEGMENTATION, **named, "method": SCRATCH if scratch else named["method"], "role": role or named["role"]}
+        cost = LONG if how is None else FINETUNE_COSTS.get(family, 60.0) * longer
+        run = {"kind": SEGMENTATION, **named, "method": SCRATCH if scratch else named["method"], "role": named["role"]}
         run |= {"dataset": dataset, "mode": mode, "labels": labels or self.datasets[dataset]["cases"]}
         return Planned(Unit(name, finetuned, {**settings, "device": self.device}, unit, cost), run)
 
@@ -174,10 +179,11 @@ class _Grid:
         return self.commands[family]
 
     def _upper_bound(self, begins: Sequence[Unit], family: str) -> Iterator[Planned]:
+        """All labels; quick fine-tuning goes on for longer, since its schedule limits it more than the labels do."""
         for seed, unit in enumerate(begins[: self.suite.upper_bound]):
             named = {"method": RANDOM, "family": family, "role": UPPER_BOUND, "pretrain_seed": None, "seed": seed}
             for dataset in self._able(SEGMENTATION):
-                yield self._finetuning(unit, named, dataset, FULL, None)
+                yield self._finetuning(unit, named, dataset, FULL, None, BOUND_LONGER)
 
     def _features(self, unit: Unit, named: dict[str, Any]) -> Iterator[Planned]:
         """What judges the frozen features of a checkpoint."""

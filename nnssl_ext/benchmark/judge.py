@@ -59,10 +59,9 @@ def classification(settings: dict[str, Any], folder: Path, given: Path | None) -
     method = STATISTICS if settings["controls"] else pretrained.method
     predicted = cross_validated(features_of(cases, pretrained, settings["device"], only=method)[method], labels, subjects)
     (found,) = judge({method: predicted}, labels, subjects)
-    figures = {"auc": found["auc"].mean, "accuracy": found["accuracy"].mean}
-    intervals = {f"{name}_{end}": getattr(found[name], end) for name in ("auc", "accuracy") for end in ("low", "high")}
+    figures = {name: {key: _finite(getattr(found[name], key)) for key in ("mean", "low", "high")} | {"count": len(lines)} for name in ("auc", "accuracy")}
     each = {line.case: {f"p({name})": float(value) for name, value in zip(classes, values)} for line, values in zip(lines, predicted.probabilities)}
-    return {"runs": [{"figures": {name: _finite(value) for name, value in (figures | intervals).items()}}], "probabilities": each}
+    return {"runs": [{"figures": figures}], "probabilities": each}
 
 
 def registration(settings: dict[str, Any], folder: Path, given: Path | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nnssl_ext.benchmark.rows import REFERENCES, Row, sources
 from nnssl_ext.benchmark.runs import MODES, Results, Run, read_results
 from nnssl_ext.benchmark.summary import NAMES, best_first, control_text, estimate_text, figure, interval, metric_name, percent, setting_name, summarise, verdict
 from nnssl_ext.core.files import write_json
+from nnssl_ext.evaluation.cost import COSTS
 from nnssl_ext.evaluation.results import write_table
 from nnssl_ext.io.page import write_page
 
@@ -191,7 +192,7 @@ def _estimate(row: Row, name: str, gain: bool = False) -> Cell:
     found = row["metrics"][name]
     fewer = f"{found['count']} of {row['cases']} cases" if row["cases"] and found["count"] < row["cases"] and found["mean"] is not None else ""
     parts = [interval(name, found), fewer if row["cases"] and found["low"] is not None else ""]
-    if gain and "gain" in found:
+    if gain and "gain" in found and name not in COSTS:
         parts.append(f"Δ {estimate_text(name, found['gain'], True)}")
     tip = f"runs: {' '.join(figure(name, value) for value in found['each'])}"
     return Cell(figure(name, found["mean"]), "\n".join(part for part in parts if part), tip)
@@ -233,7 +234,7 @@ def _other_tables(kind: str, rows: Sequence[Row]) -> list[Table]:
     """One for each dataset, with all figures that its rows have."""
     tables = []
     for (dataset,), own in _by(rows, "dataset").items():
-        metrics = list(dict.fromkeys(name for row in own for name in row["metrics"]))
+        metrics = list(dict.fromkeys(name for row in own for name, found in row["metrics"].items() if found["mean"] is not None))
         groups = _by(own, "family", "mode", "labels").values()
         found = [
             (", ".join(part for part in (group[0]["family"], setting_name(group[0])) if part), [_other_line(row, metrics) for row in best_first(group)])

@@ -1,7 +1,7 @@
 """Rows of a benchmark's tables: all seeds of a method in one setting, beside the reference of their kind.
 
 A figure is the mean over cases of the mean over seeds, its interval draws cases. Differences are paired by case, and by seed where the reference has
-the same one. Figures that a run has without cases are averaged over seeds.
+the same one. Figures that a run has without cases are averaged over seeds, and so are the ends of their intervals.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ def _mean(runs: Sequence[Run], name: str, label: str | None = None) -> Estimate:
     if of_cases:
         return bootstrap_mean(list(_seeds_mean(of_cases).values()))
     known = [run for run in runs if name in run.figures]
-    if len(known) == 1 and isinstance(value := known[0].figures[name], Mapping):
-        return Estimate(number(value.get("mean")), number(value.get("low")), number(value.get("high")), int(value.get("count") or 0))
+    estimates = [value for run in known if isinstance(value := run.figures[name], Mapping)]
+    if estimates and len(estimates) == len(known):
+        mean, low, high = (_average([number(value.get(key)) for value in estimates]) for key in ("mean", "low", "high"))
+        return Estimate(mean, low, high, min(int(value.get("count") or 0) for value in estimates))
     return over_seeds(_numbered([_value(run, name) for run in known]))
 
 

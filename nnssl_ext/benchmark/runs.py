@@ -13,7 +13,7 @@ from nnssl_ext.core.files import read_json
 
 KINDS = ("pretrain", "segmentation", "probe", "classification", "registration")
 ROLES = ("baseline", "method", "negative control", "upper bound")
-MODES = ("full", "encoder", "frozen", "linear")
+MODES = ("full", "encoder", "frozen", "adapter", "mlp", "linear")
 
 Seeds = tuple[int | None, int | None]  # of the pretraining, of what came after
 

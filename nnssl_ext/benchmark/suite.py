@@ -142,7 +142,7 @@ class Suite:
         classification: whether classes of volumes are told apart, where a dataset has classification.csv.
         registration: of pairs, where a dataset has pairs.json; None: none.
         negative_control: a method on noise; None: none.
-        upper_bound: seeds of training from scratch with all labelled cases; 0: none.
+        upper_bound: seeds of training from scratch with all labelled cases, where it is quick for four times as long; 0: none.
         pretraining_seconds: that a pretraining of given steps takes, about; only to begin with the longest and to tell what is left.
     """
 

@@ -26,13 +26,16 @@ METRICS = {  # figure: name in tables, decimals; the arrow points to better valu
     "hd95_mm": ("HD95, mm ↓", 2),
     "assd_mm": ("ASSD, mm ↓", 2),
     "tre_mm": ("TRE, mm ↓", 2),
-    "epe": ("endpoint error ↓", 3),
-    "sdlogj": ("SDlogJ", 3),
+    "epe_mm": ("end-point error, mm ↓", 2),
+    "sd_log_j": ("SDlogJ", 3),
+    "folded": ("folded", 4),
     "knn_dice": ("Dice, k-NN ↑", 3),
-    "logistic_dice": ("Dice, logistic regression ↑", 3),
+    "linear_dice": ("Dice, linear ↑", 3),
     "auc": ("AUC ↑", 3),
     "accuracy": ("accuracy ↑", 3),
-    "seconds": ("seconds", 1),
+    "seconds": ("s", 1),
+    "cpu_seconds": ("CPU-s", 1),
+    "memory_gb": ("GB", 2),
 }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nnssl_ext.benchmark.suite import Suite
 
 LABELS = (2, 4, 8)
+GRID = ("-tr", "-b", "-o", "-seeds", "-n", "-mode", "-schedule", "--quick")  # options that a suite stands for
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -64,6 +65,8 @@ def _main(options: argparse.Namespace) -> int:
     from nnssl_ext.benchmark.data import prepare
     from nnssl_ext.benchmark.report import write_report
     from nnssl_ext.benchmark.results import differences, expected, write_results
+    from nnssl_ext.benchmark.runs import read_results
+    from nnssl_ext.benchmark.summary import summarise, terminal_table
     from nnssl_ext.core.files import FolderLock, write_json
 
     suite = _suite(options)
@@ -89,7 +92,8 @@ def _main(options: argparse.Namespace) -> int:
         print(f"{suite.name}: {len(units)} units; " + (f"to do: {left}" if left else "all of them are finished"), flush=True)
         failed = lanes.finish_all(units, out, count, say=lambda text: print(text, flush=True))
         results = write_results(planned, suite, out, shlex.join(["nnssl_benchmark", *_words(options)]))
-    print(f"results: {out / 'results.json'}\nreport: {write_report(out)}")
+    page = write_report(out)
+    print(f"{terminal_table(summarise(read_results(out / 'results.json')))}\n\nresults: {out / 'results.json'}\nreport: {page}")
     if options.write_expected and not failed:
         write_json(options.write_expected, expected(results))
         print(f"expected numbers: {options.write_expected}")
@@ -134,6 +138,9 @@ def _suite(options: argparse.Namespace) -> Suite:
     if options.suite is not None:
         if options.datasets:
             raise UserError("both dataset IDs and a suite are given", "command line", "give one of them")
+        ignored = [word for word in options.argv if word in GRID]
+        if ignored:
+            raise UserError(f"a suite says itself what {ignored[0]} would say", f"option {ignored[0]}", "write it into a copy of the suite")
         return read_suite(options.suite, options.full)
     if len(options.datasets) < 2:
         fix = "nnssl_benchmark 801 901, or nnssl_benchmark --suite benchmarks/learning/suite.yaml"

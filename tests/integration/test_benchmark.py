@@ -51,10 +51,10 @@ def test_a_suite_goes_from_nothing_to_results_and_a_second_run_computes_nothing(
     found = {(run["kind"], run["method"], run["role"], run["mode"], run["labels"]) for run in results["runs"]}
     assert found == {
         ("pretrain", "MAETrainer", "method", None, None),
-        ("pretrain", "MAETrainer", "negative control", None, None),
+        ("pretrain", "MAETrainer on noise", "negative control", None, None),
         ("segmentation", "MAETrainer", "method", "full", 2),
         ("segmentation", "MAETrainer", "method", "frozen", 2),
-        ("segmentation", "MAETrainer", "negative control", "full", 2),
+        ("segmentation", "MAETrainer on noise", "negative control", "full", 2),
         ("segmentation", "scratch", "baseline", "full", 2),
         ("segmentation", "random weights", "baseline", "frozen", 2),
         ("segmentation", "scratch", "upper bound", "full", 3),
@@ -125,6 +125,7 @@ def test_what_can_be_told_at_once_is_an_error_of_the_user(tmp_path, no_page, mon
         "did you mean 'MAETrainer'": ["--suite", str(file)],
         "an unlabelled and at least one labelled dataset are needed": ["802"],
         "both dataset IDs and a suite are given": ["802", "902", "--suite", str(file)],
+        "a suite says itself what -seeds would say": ["--suite", str(file), "-seeds", "5"],
         "did you mean 'resenc'": ["802", "902", "-n", "2", "-b", "resnc"],
         "DINOv2Trainer can use none of resenc": ["802", "902", "-n", "2", "-tr", "DINOv2Trainer", "-b", "resenc"],
         "is not of the form key=value": ["802", "902", "-n", "2", "-o", "lr"],

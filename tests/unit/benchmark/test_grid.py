@@ -48,7 +48,7 @@ def test_every_cell_of_the_grid_has_its_units(tmp_path):
         **{(name, family, "method", "full", labels): 2 for name, family in (("MAETrainer", "resenc"), ("DINOv2Trainer", "primus")) for labels in (2, 4)},
         **{(name, family, "method", "frozen", 2): 1 for name, family in (("MAETrainer", "resenc"), ("DINOv2Trainer", "primus"))},
         ("MAETrainer", "resenc", "method", "encoder", 2): 2,  # DINOv2 hands over an encoder anyway
-        ("DINOv2Trainer", "primus", "negative control", "full", 2): 2,
+        ("DINOv2Trainer on noise", "primus", "negative control", "full", 2): 2,
     }
     kinds = Counter(run["kind"] for run in runs if run["role"] != "negative control" and run["kind"] != "segmentation")
     assert kinds == {"pretrain": 4, "probe": 8 + 2, "classification": 8 + 1, "registration": 8 + 1}  # two methods and two networks, two seeds; controls
