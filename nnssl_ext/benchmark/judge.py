@@ -80,7 +80,7 @@ def registration(settings: dict[str, Any], folder: Path, given: Path | None) -> 
     if wanted["iterations"] is not None:
         preset, mind = (replace(one, iterations=wanted["iterations"]) for one in (preset, mind))
     kinds = (MIND, INTENSITY) if settings["controls"] else ("checkpoint",)
-    describe = Describer(Pretrained.load(given / CHECKPOINT), device=settings["device"])
+    describe = Describer(Pretrained.load(given / CHECKPOINT), overlap=wanted["overlap"], zoom=wanted["zoom"], device=settings["device"])
     out = folder / "registration"
     _, failed = RegistrationRun(describe, kinds, out, preset, mind).run(read_pairs(raw / PAIRS))
     if failed:

@@ -116,10 +116,13 @@ class Registration:
     Args:
         preset: of `nnssl_evaluate_registration`.
         iterations: of the instance optimisation; None: the preset's.
+        zoom, overlap: of the features, as the command's.
     """
 
     preset: str = "dinoreg"
     iterations: int | None = None
+    zoom: float = 1.0
+    overlap: float = 0.5
 
 
 @dataclass(frozen=True)
