@@ -38,7 +38,7 @@ from nnssl_ext.trainers.mae import MAETrainer
 from nnssl_ext.trainers.sinks import VARIABLE
 
 TRAINED, HELD_OUT = ("thorax_ct", "spine_ct"), "abdomen_ct"
-EDGE, SPACING, VOLUMES, PAIRS, LANDMARKS = 96, 3.0, 16, 6, 60
+EDGE, SPACING, VOLUMES, PAIRS, LANDMARKS = 96, 3.0, 16, 4, 60
 ITERATIONS = 80  # of the instance optimisation
 RUNS: dict[str, tuple[type[SSLTrainer], str, tuple[int, int, int], dict[str, Any]]] = {  # method, family, patch, options
     "MAE": (MAETrainer, "resenc", (48, 48, 48), {"batch_size": 2, "iterations": 60, "optimizer": "adamw", "lr": 1e-3, "warmup": 0.05, "clip": 1.0}),
