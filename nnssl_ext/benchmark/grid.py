@@ -11,7 +11,7 @@ from nnssl_ext.benchmark import judge
 from nnssl_ext.benchmark.data import CLASSIFICATION, REGISTRATION, SEGMENTATION, Data
 from nnssl_ext.benchmark.finetune import finetuned
 from nnssl_ext.benchmark.pretrain import config_of, pretrain, start, trainer_class
-from nnssl_ext.benchmark.suite import Cells, Method, Quick, Suite
+from nnssl_ext.benchmark.suite import BOUND_LONGER, Cells, Method, Quick, Suite
 from nnssl_ext.benchmark.units import Unit
 from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import sha256_file
@@ -27,7 +27,6 @@ SCRATCH, RANDOM = "scratch", "random weights"
 # Seconds on one core of a probe, a classification, a registration, a quick fine-tuning: to begin with the longest, and to guess.
 COSTS = {"probe": 25.0, CLASSIFICATION: 60.0, REGISTRATION: 25.0}
 FINETUNE_COSTS = {"resenc": 110.0, "primus": 75.0}
-BOUND_LONGER = 4  # times the epochs of quick fine-tuning, of the upper bound
 LONG = 36_000.0  # with a method's own epochs, or nnU-Net's
 
 

@@ -12,11 +12,11 @@ from nnssl_ext.benchmark.grid import Planned
 from nnssl_ext.benchmark.suite import Suite
 from nnssl_ext.benchmark.units import RECORD, environment
 from nnssl_ext.core.files import read_json, sha256_json, write_json
+from nnssl_ext.evaluation.cost import COSTS
 
 RESULTS = "results.json"
 KEYS = ("kind", "method", "family", "role", "dataset", "mode", "labels", "pretrain_seed", "seed")  # what tells runs apart
 EMPTY: Mapping[str, Any] = {"cases": {}, "figures": {}, "curves": {}, "alarms": [], "pictures": {}}
-_TIMED = ("seconds",)  # of a case or a run: never the same twice
 Row = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def processor() -> str:
 
 
 def expected(results: Mapping[str, Any]) -> Row:
-    """What of a results.json another machine can be expected to find: no times, no paths."""
+    """What of a results.json another machine can be expected to find: no times and memory, which are never the same twice, no paths."""
     runs = {_name(run): {"cases": _untimed(run["cases"]), "figures": _untimed(run["figures"])} for run in results["runs"]}
     return {"digest": results["digest"], "suite": sha256_json(results["suite"]), "environment": results["environment"], "runs": runs}
 
@@ -83,7 +83,7 @@ def _name(run: Mapping[str, Any]) -> str:
 
 
 def _untimed(content: Any) -> Any:
-    return {key: _untimed(value) for key, value in content.items() if key not in _TIMED} if isinstance(content, dict) else content
+    return {key: _untimed(value) for key, value in content.items() if key not in COSTS} if isinstance(content, dict) else content
 
 
 def _unlike(name: str, ours: Any, wanted: Any) -> list[str]:

@@ -16,6 +16,7 @@ from nnssl_ext.core.errors import UserError, did_you_mean
 from nnssl_ext.core.files import sha256_json
 
 EMBEDDED = "embedded"  # in place of a dataset: phantoms that the suite makes itself
+BOUND_LONGER = 4  # times the epochs of quick fine-tuning, of the upper bound
 FULL_KEY = "full"  # of a suite's file: what the full grid changes
 
 

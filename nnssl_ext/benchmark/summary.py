@@ -8,6 +8,7 @@ from typing import Any
 
 from nnssl_ext.benchmark.rows import NEGLIGIBLE, REFERENCES, Row, about, rows_of
 from nnssl_ext.benchmark.runs import KINDS, Results, Run
+from nnssl_ext.benchmark.suite import BOUND_LONGER
 from nnssl_ext.evaluation.results import markdown
 from nnssl_ext.evaluation.statistics import FEWEST_SEEDS
 
@@ -161,6 +162,8 @@ def remarks(results: Results, tables: Mapping[str, Sequence[Row]]) -> list[str]:
             found.append("No negative control was run: part of a gain may not come from what was learned from images.")
         if not any(row["role"] == "upper bound" for row in rows):
             found.append("No upper bound was run: how much there is to gain is not known.")
+        elif results.suite.get("quick") is not None:
+            found.append(f"The upper bound is trained {BOUND_LONGER} times as long as the others.")
     compared = sum("reference" in row for row in rows)
     if compared > 1:
         found.append(f"{compared} differences in Dice are tested, none is corrected for the number of comparisons.")

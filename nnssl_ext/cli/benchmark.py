@@ -138,7 +138,7 @@ def _suite(options: argparse.Namespace) -> Suite:
     if options.suite is not None:
         if options.datasets:
             raise UserError("both dataset IDs and a suite are given", "command line", "give one of them")
-        ignored = [word for word in options.argv if word in GRID]
+        ignored = [name for word in options.argv if (name := word.partition("=")[0]) in GRID]
         if ignored:
             raise UserError(f"a suite says itself what {ignored[0]} would say", f"option {ignored[0]}", "write it into a copy of the suite")
         return read_suite(options.suite, options.full)

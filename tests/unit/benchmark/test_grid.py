@@ -54,6 +54,8 @@ def test_every_cell_of_the_grid_has_its_units(tmp_path):
     assert kinds == {"pretrain": 4, "probe": 8 + 2, "classification": 8 + 1, "registration": 8 + 1}  # two methods and two networks, two seeds; controls
     alone = [run["kind"] for run in runs if run["family"] is None]
     assert sorted(alone) == ["classification", "registration"]  # what no network has a part in
+    bound = next(one.unit for one in planned if one.run and one.run["role"] == "upper bound")
+    assert bound.settings["quick"]["epochs"] == 4 * (SUITE.quick or {}).get(bound.name.split("_")[2], Quick()).epochs
     assert len({one.unit.digest for one in planned}) == len(planned) == len({one.unit.name for one in planned})
 
 

@@ -46,6 +46,8 @@ def test_expected_numbers_are_compared_to_the_digit(tmp_path):
     assert differences(content, tmp_path / "expected.json") == ([], False)
     slower = copy.deepcopy(content)
     slower["runs"][0]["seconds"] = 99.0
+    for number, one in enumerate((content, slower)):
+        one["runs"][0]["cases"]["case_1"] |= {"seconds": 1.0 + number, "cpu_seconds": 2.0 + number, "memory_gb": 3.0 + number}
     assert differences(slower, tmp_path / "expected.json") == ([], False)
     changed = copy.deepcopy(content)
     changed["runs"][0]["cases"]["case_1"]["hd95_mm"] += 1e-12
