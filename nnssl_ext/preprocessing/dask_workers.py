@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ except ImportError:
     distributed: Any = None  # type: ignore[no-redef]
 
 CONNECT_S = 30  # how long to look for a scheduler
+WORKERLESS_S = 300  # how long to wait for workers where all are gone; jobs of SLURM may wait in its queue for as long as they like
+POLL_S, ASK_S = 0.02, 5  # how often to look for results, for workers
 JOB_MEMORY = "16GB"  # of a SLURM job of one core, where Dask's configuration names none
 
 
@@ -35,7 +38,7 @@ def outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: in
         memory: bytes that an item takes at most.
 
     Raises:
-        UserError: Dask isn't installed, or the cluster can't be reached.
+        UserError: Dask isn't installed, the cluster can't be reached, or all its workers are gone.
     """
     if distributed is None:
         raise UserError("Dask is not installed", "option --dask-scheduler", "pip install 'nnssl_ext[dask]'")
@@ -53,24 +56,49 @@ def outcomes(function: Callable[[Any], Any], items: Sequence[Any], processes: in
                 future = client.submit(_alone, function, item, pure=False)
                 running[future] = index
                 finished.add(future)
+            _wait(finished.has_ready, client, cluster)
             future = next(finished)
             index = running.pop(future)
             guard.release(index)
-            if isinstance(future.exception(), distributed.scheduler.KilledWorker):
+            outcome = _outcome(future, client, cluster)
+            if isinstance(outcome, distributed.scheduler.KilledWorker):
                 suspects.append(index)
             else:
-                yield index, _outcome(future)
+                yield index, outcome
         for index in sorted(suspects):  # one at a time tells whose fault it was
-            yield index, _outcome(client.submit(_alone, function, items[index], pure=False))
+            outcome = _outcome(client.submit(_alone, function, items[index], pure=False), client, cluster)
+            if isinstance(outcome, distributed.scheduler.KilledWorker):
+                outcome = UserError("the workers that tried it died, perhaps for lack of memory", "", "give the workers more memory")
+            yield index, outcome
 
 
-def _outcome(future: Any) -> Any:
-    try:
-        return future.result()
-    except distributed.scheduler.KilledWorker:
-        return UserError("the workers that tried it died, perhaps for lack of memory", "", "give the workers more memory")
-    except Exception as error:
-        return UserError(f"the worker could not take the case: {type(error).__name__}: {error}", "", "install the same nnssl_ext on all workers")
+def _outcome(future: Any, client: Any, cluster: str) -> Any:
+    """Its result or an error of its own; KilledWorker where workers died of it, or of another one while they held its result."""
+    while True:
+        _wait(future.done, client, cluster)
+        try:
+            return future.result(timeout=ASK_S)
+        except distributed.scheduler.KilledWorker as error:
+            return error
+        except Exception as error:
+            if isinstance(error, TimeoutError) and future.status != "error":
+                continue  # lost with its worker, and computed again
+            return UserError(f"the worker could not take the case: {type(error).__name__}: {error}", "", "install the same nnssl_ext on all workers")
+
+
+def _wait(ready: Callable[[], bool], client: Any, cluster: str) -> None:
+    """Until it is ready; not for ever where nobody is left to work (Dask's nanny gives a worker up that dies while it starts)."""
+    asked = seen = time.monotonic()
+    while not ready():
+        time.sleep(POLL_S)
+        now = time.monotonic()
+        if now - asked > ASK_S:
+            asked = now
+            if cluster == "slurm" or client.nthreads():
+                seen = now
+            elif now - seen > WORKERLESS_S:
+                fix = "start workers (dask worker ADDRESS) and give the same command again: finished cases are kept"
+                raise UserError(f"no worker is left, for {WORKERLESS_S} s now", f"--dask-scheduler {cluster}", fix)
 
 
 def _connect(cluster: str, processes: int, stack: ExitStack) -> Any:

@@ -131,21 +131,24 @@ def test_a_dask_cluster_of_its_own(planned):
 DEADLY = """
 import os, sys
 from nnssl_ext.preprocessing.parallel import Workers, run_all
-from tests.integration.test_ways_to_preprocess import deadly
+from tests.deadly import deadly
 results, failures = run_all(deadly, range(5), [str(i) for i in range(5)], Workers(dask=sys.argv[1]), "test")
 assert sorted(results) == ["0", "1", "2", "4"] and "died" in failures["3"], (results, failures)
 """
 
 
-def deadly(number):
-    if number == 3:
-        os._exit(9)
-    return number
-
-
 def test_a_case_that_kills_every_worker_fails_alone(cluster):
     ended = subprocess.run([sys.executable, "-c", DEADLY, cluster[0]], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_cluster_that_has_lost_all_workers_is_a_user_error(planned, cluster):
+    quick = "from nnssl_ext.preprocessing import dask_workers; dask_workers.WORKERLESS_S, dask_workers.ASK_S = 1, 0.2"
+    gone = f"import distributed; client = distributed.Client({cluster[0]!r}); client.retire_workers(list(client.nthreads())); client.close()"
+    code = f"{quick}; {gone}; from nnssl_ext.cli.preprocess import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", code, *CONFIGURATION, "--dask-scheduler", cluster[0]]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "no worker is left" in ended.stderr, ended.stderr
 
 
 def test_an_unreachable_scheduler_is_a_user_error(planned):
