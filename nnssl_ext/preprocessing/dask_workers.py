@@ -97,7 +97,8 @@ def _wait(ready: Callable[[], bool], client: Any, cluster: str) -> None:
             if cluster == "slurm" or client.nthreads():
                 seen = now
             elif now - seen > WORKERLESS_S:
-                fix = "start workers (dask worker ADDRESS) and give the same command again: finished cases are kept"
+                again = "give the same command again, finished cases are kept"
+                fix = again if cluster == "local" else f"start workers (dask worker {cluster}) and {again}"
                 raise UserError(f"no worker is left, for {WORKERLESS_S} s now", f"--dask-scheduler {cluster}", fix)
 
 
