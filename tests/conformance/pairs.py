@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,11 @@ METHODS: dict[str, type[SSLTrainer]] = {**registered(), **{cls.__name__: cls for
 EVERY = [Pair(cls, family) for cls in METHODS.values() for family in sorted(TINY)]
 PAIRS = [pair for pair in EVERY if pair.supported()]
 SLICES = [Pair(METHODS[name], "resenc", slices=True) for name in ("SimCLRTrainer", "SimSiamIoUTrainer", "DINOIoUTrainer")]
+
+
+def own_family(pairs: list[Pair]) -> list[Any]:
+    """Parameters of a test of seconds: every method with its own family in the default tests, with the others where there is time for all."""
+    return [pair if pair.family == pair.cls.default_family else pytest.param(pair, marks=pytest.mark.slow) for pair in pairs]
 
 
 def in_float64(cls: type[SSLTrainer]) -> type[SSLTrainer]:

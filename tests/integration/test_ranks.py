@@ -31,6 +31,7 @@ from nnssl_ext.nn import distributed
 from tests.integration import test_ranks
 with distributed.group("cpu"):
     test_ranks.work(sys.argv[1])
+distributed.leave(0)  # as the command line does: gloo aborts some teardowns of the interpreter
 """
 
 
