@@ -20,6 +20,7 @@ from nnssl_ext.benchmark.units import THREADS, Unit, finish
 from nnssl_ext.core.files import write_text
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(THREADS))
+GUESSED_S = 60.0  # as if that much work had been done at the pace of the guess
 
 
 def finish_all(units: Iterable[Unit], out: Path, lanes: int, say: Callable[[str], None] = print) -> list[str]:
@@ -81,14 +82,14 @@ class Progress:
     def __init__(self, units: Sequence[Unit], lanes: int) -> None:
         self.count, self.done, self.lanes = len(units), 0, max(1, lanes)
         self.rest = sum(unit.cost for unit in units)
-        self.expected = self.spent = 0.0
+        self.expected = self.spent = GUESSED_S  # so that the first short units don't decide the pace
 
     def line(self, unit: Unit, seconds: float, error: str) -> str:
         self.done += 1
         self.rest -= unit.cost
         if not error:
             self.expected, self.spent = self.expected + unit.cost, self.spent + seconds
-        pace = self.spent / self.expected if self.expected else 1.0
+        pace = self.spent / self.expected
         outcome = f"failed, {error}" if error else f"{seconds:.0f} s"
         left = f"; about {max(1, round(self.rest * pace / self.lanes / 60))} min left" if self.done < self.count else ""
         return f"[{self.done}/{self.count}] {unit.name} {outcome}{left}"

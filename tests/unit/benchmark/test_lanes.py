@@ -46,8 +46,10 @@ def test_cost_and_going_on_change_no_identity():
 
 def test_the_rest_is_told_at_the_pace_so_far():
     units = [unit(str(number), number) for number in range(4)]
+    begin = unit("begin", 9, cost=1.0)
+    assert Progress([begin, *units], 2).line(begin, 0.0, "") == "[1/5] begin 0 s; about 2 min left"  # it says nothing about the others
     progress = Progress(units, 2)
-    assert progress.line(units[0], 120.0, "") == "[1/4] 0 120 s; about 3 min left"  # 3 minutes of work, twice as long, two lanes
+    assert progress.line(units[0], 120.0, "") == "[1/4] 0 120 s; about 2 min left"  # 3 minutes of work, half as long again, two lanes
     assert progress.line(units[1], 0.0, "broken") == "[2/4] 1 failed, broken; about 2 min left"
     progress.leave_out([units[2]])
     assert progress.line(units[3], 60.0, "") == "[3/3] 3 60 s"
