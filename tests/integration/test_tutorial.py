@@ -49,7 +49,9 @@ def execute(chosen: list[Step], folder: Path) -> list[str]:
     script = "\n".join(f"{step.commands}\necho; echo '{end.format(number)}'" for number, step in enumerate(chosen))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", "-euo", "pipefail", "-c", script]
-    done = subprocess.run(command, cwd=folder, env=dict(os.environ) | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=dict(os.environ) | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     rest, printed = done.stdout, []
     for number in range(len(chosen)):
