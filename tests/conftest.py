@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +37,26 @@ def folders(tmp_path, monkeypatch):
         made[name].mkdir()
         monkeypatch.setenv(name, str(made[name]))
     return made
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`shared(name, fill)`: a folder filled once for all workers of a test run; who comes later waits, and only reads."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        made, filled = root / name, root / f"{name}.filled"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not filled.exists():
+                shutil.rmtree(made, ignore_errors=True)  # what a failure left
+                made.mkdir()
+                fill(made)
+                filled.touch()
+        return made
+
+    return folder
 
 
 @pytest.fixture

@@ -147,12 +147,15 @@ def statistics(sharding: str) -> list[float]:
     return found
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def start(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         assert distributed.launch([sys.executable, "-c", WORK, str(folder)], 2) == 0
+
+
+@pytest.fixture(scope="module")
+def pair(shared):
+    folder = shared("ranks", start)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
