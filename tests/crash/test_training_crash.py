@@ -99,7 +99,7 @@ def test_a_kill_at_a_random_instant_of_the_loop_costs_at_most_an_epoch_and_the_r
     trainer(tmp_path / "first").fit(stop_at=1)  # what a training imports late is imported here, not in every process
     for _ in range(kills):
         begin = load_latest(tmp_path / "parts")["step"] if (tmp_path / "parts" / "checkpoint_latest.pth").exists() else 0
-        done = fork.Value("i", begin)
+        done = fork.Value("i", begin, lock=False)  # a killed process would keep the lock for ever
         process = fork.Process(target=train_on, args=(tmp_path / "parts", done))
         process.start()
         while done.value < begin + interval + 1:  # an epoch is saved
